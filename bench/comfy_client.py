@@ -11,7 +11,7 @@ import struct
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,7 @@ class ComfyClient:
     def __init__(self, address: str) -> None:
         self.host = urllib.parse.urlsplit(address).netloc
         self.identifier = str(uuid.uuid4())
+        self.known: dict[str, dict[str, Any]] = {}
         self.socket = websocket.create_connection(
             f"ws://{self.host}/ws?clientId={self.identifier}", timeout=SILENCE_SECONDS, enable_multithread=True
         )
@@ -128,6 +129,20 @@ class ComfyClient:
     def object_info(self, node: str | None = None) -> dict[str, Any]:
         """What the server knows about all nodes, or about one."""
         return self.get(f"/object_info/{node}" if node else "/object_info")
+
+    def node(self, class_type: str, inputs: Mapping[str, Any] | None = None, title: str = "") -> dict[str, Any]:
+        """A node for a workflow in API format: the given inputs, and the default of every other required widget.
+
+        Args:
+            class_type: the node's identifier, for example "KSampler".
+            inputs: values and links; a dynamic combo's own inputs are named "combo.input".
+            title: the node's title, if it should have one.
+        """
+        if class_type not in self.known:
+            self.known[class_type] = self.object_info(class_type)[class_type]
+        inputs = dict(inputs or {})
+        node = {"class_type": class_type, "inputs": {**defaults(self.known[class_type]["input"], inputs), **inputs}}
+        return {**node, "_meta": {"title": title}} if title else node
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """What the server remembers of a run; empty if it remembers nothing."""
@@ -228,6 +243,25 @@ class ComfyClient:
             result.error = Failure("interrupted", "The workflow was interrupted.", data.get("node_id"), data)
         else:
             result.events.append((kind, data))
+
+
+def defaults(spec: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The default of every required widget in a node's (or dynamic combo option's) inputs that is not given."""
+    values = {}
+    for name, (kind, *settings) in spec.get("required", {}).items():
+        name, settings = prefix + name, settings[0] if settings else {}
+        options = kind if isinstance(kind, list) else settings.get("options")
+        dynamic = bool(options) and isinstance(options[0], dict)
+        if name not in given:
+            if "default" in settings:
+                values[name] = settings["default"]
+            elif options:
+                values[name] = options[0]["key"] if dynamic else options[0]
+        chosen = {**values, **given}.get(name)
+        for option in options if dynamic else []:
+            if option["key"] == chosen:
+                values.update(defaults(option["inputs"], given, f"{name}."))
+    return values
 
 
 def json_event(frame: str) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ Nothing here puts ComfyUI on the path: tests/unit must pass without it.
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,10 +53,14 @@ def checkpoint(server: ComfyServer) -> Callable[[str], str]:
 
     def make(variant: str = "abs") -> str:
         if variant not in made:
-            from tests.tiny import write_tiny_checkpoint
-
             name = f"tiny_{variant}.safetensors"
-            write_tiny_checkpoint(server.base / "models" / "checkpoints" / name, variant)
+            path = server.base / "models" / "checkpoints" / name
+            environment = {
+                **os.environ,
+                "COMFYUI_PATH": str(server.comfyui),
+            }  # a process of its own: it imports ComfyUI
+            command = [sys.executable, "-m", "tests.tiny", variant, str(path)]
+            subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True)
             made[variant] = name
         return made[variant]
 

@@ -45,11 +45,31 @@ def test_a_workflow_that_is_refused_says_which_node_and_why(client: ComfyClient)
 
 
 def test_a_node_that_fails_is_named_with_its_message(client: ComfyClient):
-    workflow = picture()
-    workflow["1"] = {"class_type": "ImageFromBatch", "inputs": {"image": ["3", 0], "batch_index": 0, "length": 1}}
-    workflow["3"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "missing.safetensors"}}
+    workflow = {
+        "1": client.node("RegexReplace", {"string": "text", "regex_pattern": "(", "replace": ""}),
+        "2": client.node("PreviewAny", {"source": ["1", 0]}),
+    }
     result = client.submit(workflow)
-    assert result.error.kind == "rejected" and result.error.node in {"1", "3"}
+    assert result.error.kind == "failed" and result.error.node == "1"
+    assert "unterminated subpattern" in result.error.message
+
+
+def test_an_unknown_checkpoint_is_refused_by_name(client: ComfyClient):
+    workflow = {
+        "1": client.node("CheckpointLoaderSimple", {"ckpt_name": "missing.safetensors"}),
+        "2": client.node("EmptyLatentImage"),
+        "3": client.node("VAEDecode", {"samples": ["2", 0], "vae": ["1", 2]}),
+        "4": client.node("PreviewImage", {"images": ["3", 0]}),
+    }
+    result = client.submit(workflow)
+    assert result.error.kind == "rejected" and result.error.node == "1"
+    assert "missing.safetensors" in result.error.message
+
+
+def test_a_node_gets_the_defaults_of_its_widgets(client: ComfyClient):
+    sampler = client.node("KSampler", {"steps": 3})["inputs"]
+    assert sampler["steps"] == 3
+    assert sampler["cfg"] == 8.0 and sampler["denoise"] == 1.0 and sampler["sampler_name"] and "model" not in sampler
 
 
 def test_an_uploaded_picture_can_be_loaded(client: ComfyClient):

@@ -1,0 +1,1 @@
+"""FaceChain-SuDe (CVPR 2024) for ComfyUI: one-shot subject fine-tuning that inherits its category's attributes."""

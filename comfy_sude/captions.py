@@ -1,0 +1,52 @@
+"""Captions of the subject, its category and prompts with attributes.
+
+Source: released code, personalized.py:10-22 ("photo of a sks {class}", no leading article, no full stop); the attribute
+stands before the identifier ("photo of a running sks dog", main.sh:11).
+"""
+
+TEMPLATE = "photo of a {}"
+EMPTY = ""  # the caption of the unconditional prediction u. Source: ddpm.py:1032 (never the negative prompt)
+
+
+def normalize(text: str) -> str:
+    """Single spaces, none at the ends."""
+    return " ".join(text.split())
+
+
+def subject_caption(category: str, identifier: str) -> str:
+    """The caption of the example: "photo of a sks dog"."""
+    return prompt(category, identifier)
+
+
+def category_caption(category: str) -> str:
+    """The subject's caption without its identifier: "photo of a dog"."""
+    return prompt(category)
+
+
+def prompt(category: str, identifier: str = "", attribute: str = "", context: str = "") -> str:
+    """A caption in the training template: attribute before the identifier, context at the end.
+
+    >>> prompt("dog", "sks", "running", "on the beach")
+    'photo of a running sks dog on the beach'
+    """
+    return normalize(TEMPLATE.format(" ".join([attribute, identifier, category, context])))
+
+
+def check(category: str, identifier: str) -> tuple[str, str]:
+    """The category and identifier as they will be used.
+
+    Raises:
+        ValueError: one of them is empty, or the category holds the identifier (the caption without the identifier would
+            then not be the category's).
+    """
+    category, identifier = normalize(category), normalize(identifier)
+    if not category:
+        raise ValueError("category is empty: type what the picture shows in one or two words, for example dog.")
+    if not identifier:
+        raise ValueError("identifier is empty: type a rare word that will mean your subject, for example sks.")
+    if f" {identifier.lower()} " in f" {category.lower()} ":
+        raise ValueError(
+            f"category {category!r} holds the identifier {identifier!r}: give the plain kind of thing as category "
+            f"(for example dog); the identifier is added by the node."
+        )
+    return category, identifier

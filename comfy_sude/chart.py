@@ -1,0 +1,69 @@
+"""The training's log as a picture: L_sub, L_sude and the share of open gates over the steps."""
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .train import Log
+
+SIZE = (900, 590)
+BACKGROUND, INK, GRID = (24, 26, 31), (226, 228, 233), (58, 61, 69)
+PANELS = (
+    ("l_sub", "L_sub: denoising loss on the example", (90, 170, 255)),
+    ("l_sude", "L_sude: what pulls towards the category", (255, 160, 70)),
+    ("gate", "gate: share of steps that still inherit", (120, 210, 130)),
+)
+
+
+def draw(log: Log, title: str) -> Tensor:
+    """[1, H, W, 3] IMAGE in [0, 1]: one panel a curve, raw values faint, running mean bold."""
+    image = Image.new("RGB", SIZE, BACKGROUND)
+    canvas = ImageDraw.Draw(image, "RGBA")
+    font = ImageFont.load_default(14)
+    canvas.text((16, 10), title, fill=INK, font=font)
+    height = (SIZE[1] - 60) // len(PANELS)
+    for index, (term, label, color) in enumerate(PANELS):
+        box = (64, 64 + index * height, SIZE[0] - 20, 30 + (index + 1) * height)
+        _panel(canvas, font, box, log.values[term], label, color)
+    canvas.text((SIZE[0] - 20, SIZE[1] - 24), f"{log.steps} steps", fill=INK, font=font, anchor="ra")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, SIZE[1], SIZE[0], 3).float() / 255
+
+
+def _panel(canvas, font, box, values: list[float], label: str, color) -> None:
+    left, top, right, bottom = box
+    canvas.text((left, top - 22), label, fill=color, font=font)
+    smooth = running_mean(values, max(1, len(values) // 20))
+    low, high = (0.0, 1.0) if label.startswith("gate") else _range(values)
+    for fraction in (0.0, 0.5, 1.0):
+        y = bottom - fraction * (bottom - top)
+        canvas.line((left, y, right, y), fill=GRID)
+        canvas.text((left - 6, y), f"{low + fraction * (high - low):.2g}", fill=INK, font=font, anchor="rm")
+
+    def points(series):
+        last = max(1, len(series) - 1)
+        clamped = [min(max((v - low) / (high - low), 0), 1) for v in series]
+        return [(left + i / last * (right - left), bottom - v * (bottom - top)) for i, v in enumerate(clamped)]
+
+    for series, alpha, width in ((values, 90, 1), (smooth, 255, 2)):
+        if len(series) > 1:
+            canvas.line(points(series), fill=(*color, alpha), width=width, joint="curve")
+        else:
+            x, y = points(series)[0]
+            canvas.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(*color, alpha))
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """From the lowest value (or 0) to the 98th percentile, never empty."""
+    ordered = sorted(values)
+    low, high = min(0.0, ordered[len(ordered) // 50]), ordered[-1 - len(ordered) // 50]
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each position."""
+    result, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        result.append(total / min(index + 1, window))
+    return result

@@ -1,0 +1,99 @@
+"""From pictures to what the loop draws from: square pixels, both mirror images, and their latent posteriors."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_SIDE = 64  # px; below this a picture holds nothing a latent model could learn (8 x 8 latent cells)
+
+
+def check_images(images, name: str = "image") -> Tensor:
+    """The pictures as finite RGB values in [0, 1], an alpha channel composited on white.
+
+    Args:
+        images: IMAGE tensor [B, H, W, C], C = 1, 3 or 4.
+        name: the input's name, for the message.
+
+    Returns:
+        [B, H, W, 3] float32, an ordinary (not inference-mode) tensor when called outside inference mode.
+
+    Raises:
+        ValueError: not such a tensor, an empty batch, sides under 64 px, or pixels that are not finite.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{name} is {shape}, but an IMAGE batch [B, H, W, 3] is needed: connect a Load Image node.")
+    if len(images) == 0:
+        raise ValueError(f"{name} is an empty batch: connect at least one picture.")
+    height, width = images.shape[1:3]
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(
+            f"{name} is {width} x {height} px, but both sides need at least {MIN_SIDE} px: use a larger picture."
+        )
+    pixels = images.detach().to(device="cpu", dtype=torch.float32).clone()
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"{name} has pixels that are not finite numbers (NaN or infinity): load the picture again.")
+    pixels = pixels.clamp(0, 1)
+    if pixels.shape[-1] == 4:
+        alpha = pixels[..., 3:]
+        pixels = pixels[..., :3] * alpha + (1 - alpha)
+    return pixels.expand(*pixels.shape[:3], 3).contiguous()
+
+
+def to_square(pixels: Tensor, side: int, fit: str = "center crop") -> Tensor:
+    """[B, H, W, 3] -> [B, side, side, 3], bicubic with antialiasing, clamped to [0, 1].
+
+    Source: the released code squashes (personalized.py:196-231, bicubic); "center crop" keeps proportions.
+    """
+    if fit == "center crop":
+        height, width = pixels.shape[1:3]
+        short = min(height, width)
+        top, left = (height - short) // 2, (width - short) // 2
+        pixels = pixels[:, top : top + short, left : left + short]
+    x = pixels.movedim(-1, 1)
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    return x.clamp(0, 1).movedim(1, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Posteriors of N pictures, as they are and mirrored, in model scale.
+
+    Attributes:
+        mean: [N, 2, C, h, w], index 1 of the second axis is the mirror image.
+        std: like mean, or None for an autoencoder without a posterior (TAESD).
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def draw(self, count: int, flip: bool, sample: bool, generators: "Generators") -> Tensor:
+        """[count, C, h, w] latents: random pictures, mirrored with probability 1/2, sampled from their posterior."""
+        pick = torch.randint(len(self), (count,), generator=generators.crops)
+        mirrored = (
+            torch.randint(2, (count,), generator=generators.crops) if flip else torch.zeros(count, dtype=torch.long)
+        )
+        z = self.mean[pick, mirrored]
+        if sample and self.std is not None:
+            z = z + self.std[pick, mirrored] * torch.randn(z.shape, generator=generators.posterior)
+        return z
+
+
+class Generators:
+    """The training's random streams, each its own CPU torch.Generator so that none shifts another.
+
+    `init` (adapters), `crops` (picture and mirror picks), `posterior`, `timesteps`, `noise`.
+    """
+
+    NAMES = ("init", "crops", "posterior", "timesteps", "noise")
+
+    def __init__(self, seed: int):
+        for index, name in enumerate(self.NAMES):
+            generator = torch.Generator("cpu").manual_seed((seed * len(self.NAMES) + index) % 2**64)
+            setattr(self, name, generator)

@@ -1,0 +1,56 @@
+"""Own networks under ComfyUI's memory management: room is asked for, counted, and given back."""
+
+import logging
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import nn
+
+from ..baselines import Baseline
+
+ACTIVATION_BYTES = 36_000  # per latent cell and sample without checkpointing; rough, from SD1.5's UNet at 64 x 64
+CHECKPOINTED = 0.35  # share of them left with one checkpoint per transformer block
+
+
+def estimate(baseline: Baseline, latent_size: tuple[int, int]) -> float:
+    """Bytes a training needs beside its weights: gradients, optimizer states and activations (rough)."""
+    options = baseline.recipe.options
+    modules = [baseline.networks.unet] + ([baseline.networks.text_encoder] if baseline.trains_text else [])
+    parameters = baseline.trainable_share * sum(p.numel() for module in modules for p in module.parameters())
+    states = 1 if options.optimizer == "Adafactor" else 3  # gradient (+ two moments)
+    samples = options.batch_size * (1 if options.prior.kind == "off" else 2)
+    activations = ACTIVATION_BYTES * samples * latent_size[0] * latent_size[1]
+    if options.gradient_checkpointing:
+        activations *= CHECKPOINTED
+    return 4 * states * parameters + activations
+
+
+class Residence:
+    """Keeps own modules on the training device under ComfyUI's memory management, and gives everything back.
+
+    Other models are evicted to make room, and the copies count as loaded until the block ends, however it ends.
+    """
+
+    def __init__(self, modules: list[nn.Module], device: torch.device, memory: float):
+        offload = torch.device("cpu")
+        self.patchers = [comfy.model_patcher.ModelPatcher(module, device, offload) for module in modules]
+        self.memory = memory
+
+    def __enter__(self) -> "Residence":
+        try:
+            comfy.model_management.load_models_gpu(self.patchers, memory_required=self.memory, force_full_load=True)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        loaded = comfy.model_management.current_loaded_models
+        mine = [entry for entry in loaded if any(entry.model is patcher for patcher in self.patchers)]
+        for entry in mine:
+            entry.model_unload()
+            loaded.remove(entry)
+        self.patchers.clear()
+        comfy.model_management.soft_empty_cache()
+        logging.debug("SuDe: %d training copies released", len(mine))

@@ -1,0 +1,209 @@
+"""MODEL -> an own fp32 UNet that can be trained, and a Subject -> patches on clones of MODEL and CLIP.
+
+The MODEL that came in is only read. ComfyUI runs nodes in inference mode and may memory-map or page its weights, so
+autograd must never see them: every weight is copied into a new module (spec: host side of TrainLoraNode's defects).
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, get_attention_function
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..diffusion import NoiseProcess
+from ..store import tensor_hash
+
+FAMILIES = {"SD15": 512, "SD20": 512}  # supported model configs and their native side in pixels
+V_PREDICTION_SIDE = 768  # SD2.x-v
+PREFIX = "diffusion_model."
+
+
+def check_supported(model) -> NoiseProcess:
+    """The noise process of a MODEL that can be trained.
+
+    Raises:
+        ValueError: no SD1.x or SD2.x model, an inpainting UNet, or a noise process that is not discrete eps or v.
+    """
+    family = type(model.model.model_config).__name__
+    channels = model.model.model_config.unet_config.get("in_channels")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model is of the family {family}, which SuDe Fine-Tune does not train yet: load an SD1.x or SD2.x checkpoint."
+        )
+    if channels != 4:
+        raise ValueError(
+            f"model is an inpainting or edit UNet ({channels} input channels): load the plain text-to-image checkpoint."
+        )
+    return NoiseProcess.from_model_sampling(model.get_model_object("model_sampling"))
+
+
+def native_resolution(model) -> int:
+    """Side in pixels the checkpoint was made for: its file's modelspec.resolution, else its family's.
+
+    Source: Stability AI Model Metadata Standard, field modelspec.resolution ("512x512").
+    """
+    path = _checkpoint_path(model)
+    if path is not None and path.suffix == ".safetensors" and path.is_file():
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        side = header.get("__metadata__", {}).get("modelspec.resolution", "").split("x")[0]
+        if side.isdigit() and int(side) >= 64:
+            return int(side) // 8 * 8
+    if NoiseProcess.from_model_sampling(model.get_model_object("model_sampling")).prediction == "v":
+        return V_PREDICTION_SIDE
+    return FAMILIES[type(model.model.model_config).__name__]
+
+
+def _checkpoint_path(model) -> Path | None:
+    loader = getattr(model, "cached_patcher_init", None)
+    arguments = loader[1] if loader else ()
+    return Path(arguments[0]) if arguments and isinstance(arguments[0], str) else None
+
+
+def checkpoint_name(model) -> str:
+    """File name of the checkpoint a MODEL came from, "" if its loader does not say."""
+    path = _checkpoint_path(model)
+    return path.name if path else ""
+
+
+def identity(model, clip, vae) -> str:
+    """Hash of what MODEL, CLIP and VAE are: every weight and every patch on it. Equal models hash equal in any process."""
+    digest = hashlib.sha256()
+    for patcher in (model, clip.patcher, vae.patcher):
+        weights = patcher.get_key_patches() if patcher is not vae.patcher else {}
+        named = [(key, entry[0][0]) for key, entry in sorted(weights.items())]
+        named = named or sorted(patcher.model.state_dict().items())
+        digest.update(tensor_hash(named).encode())
+        for key in sorted(patcher.patches):
+            for strength, value, strength_model, offset, _function in patcher.patches[key]:
+                digest.update(f"{key} {strength} {strength_model} {offset} {type(value).__name__}".encode())
+                digest.update(tensor_hash(_tensors(value)).encode())
+    digest.update(str(clip.layer_idx).encode())
+    sampling = model.get_model_object("model_sampling")
+    digest.update(tensor_hash([(type(sampling).__mro__[2].__name__, sampling.sigmas)]).encode())
+    return digest.hexdigest()
+
+
+def _tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside a patch, however it is nested."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{index}")
+    elif hasattr(value, "weights"):
+        yield from _tensors(value.weights, name)
+
+
+def current_weight(patcher, key: str, device="cpu") -> Tensor:
+    """One weight of a MODEL's or CLIP's patcher as it acts: fp32, dequantized, upstream patches baked in, a fresh copy."""
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:  # the shared module is patched in place for some clone: the original is in the backup
+        weight = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        weight = patcher.hook_backup[key][0]
+    weight = comfy.model_management.cast_to_device(weight, torch.device(device), torch.float32, copy=True)
+    if convert is not None:
+        weight = convert(weight, inplace=True)
+    if key in patcher.patches:
+        weight = comfy.lora.calculate_weight(patcher.patches[key], weight, key)
+    return weight.clone()
+
+
+def build_unet(model, device="cpu"):
+    """A ComfyUI BaseModel of ordinary fp32 parameters, all frozen, that predicts exactly as the incoming MODEL does."""
+    source = model.model
+    config = type(source.model_config)(dict(source.model_config.unet_config))
+    config.unet_config["dtype"] = torch.float32
+    config.manual_cast_dtype = None
+    config.custom_operations = comfy.ops.disable_weight_init
+    config.sampling_settings = dict(source.model_config.sampling_settings)
+    base = config.get_model({}, "", device=device)
+    base.model_type = source.model_type  # an empty state dict cannot tell v-prediction
+    base.model_sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    base.latent_format = model.get_model_object("latent_format")
+    for name, parameter in base.diffusion_model.named_parameters():
+        parameter.data = current_weight(model, PREFIX + name, device)
+    return base
+
+
+def checkpoint_blocks(unet: nn.Module) -> None:
+    """Recompute every transformer block of an own UNet in the backward pass (exact gradients, no stored activations)."""
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.forward = _Recompute(block.forward)
+
+
+class _Recompute:
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, x, context=None, transformer_options={}):  # noqa: B006 the signature of the block it stands for
+        if not torch.is_grad_enabled():
+            return self.forward(x, context, transformer_options)
+        return checkpoint(self.forward, x, context, transformer_options, use_reentrant=False)
+
+
+def _attention(_chosen, *args, **kwargs):
+    """PyTorch's attention whatever the server was started with: Sage- and FlashAttention have no usable backward."""
+    return get_attention_function("pytorch")(*args, **kwargs)
+
+
+def predict(base, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """[B, C, h, w] the raw prediction (noise or velocity) of an own BaseModel.
+
+    Args:
+        base: from `build_unet`.
+        x_t: [B, C, h, w] noisy latents in variance-preserving scale.
+        t: [B] integer timesteps.
+        context: [B, tokens, width] caption encodings.
+    """
+    options = {"optimized_attention_override": _attention}
+    return base.diffusion_model(x_t, t.float(), context=context, transformer_options=options)
+
+
+def apply_subject(model, clip, subject, strength_model: float = 1.0, strength_clip: float = 1.0):
+    """Clones of MODEL and CLIP with the subject's weights added; strength scales them, LoRAs combine in any order.
+
+    Raises:
+        ValueError: the subject's weights do not belong to this model or text encoder.
+    """
+    patched = []
+    for network, host, patcher, strength in (
+        ("model", model, model, strength_model),
+        ("clip", clip, clip.patcher, strength_clip),
+    ):
+        patches = {key: _patch(tensors) for (owner, key), tensors in subject.tensors.items() if owner == network}
+        clone = host.clone()
+        accepted = set(clone.add_patches(patches, strength))
+        weights = patcher.model_state_dict()
+        wrong = [k for k in patches if k not in accepted or _shape(subject.tensors[network, k]) != weights[k].shape]
+        if wrong:
+            raise ValueError(
+                f"subject does not fit this {network}: {len(wrong)} of its {len(patches)} weights are unknown to it or of "
+                f"another shape (first: {wrong[0]}). Use a checkpoint of the family it was trained on."
+            )
+        patched.append(clone)
+    return tuple(patched)
+
+
+def _patch(tensors: dict[str, Tensor]):
+    if "diff" in tensors:
+        return ("diff", (tensors["diff"],))
+    return LoRAAdapter(set(), (tensors["up"], tensors["down"], float(tensors["alpha"]), None, None, None))
+
+
+def _shape(tensors: dict[str, Tensor]) -> torch.Size:
+    if "diff" in tensors:
+        return tensors["diff"].shape
+    return torch.Size((len(tensors["up"]), tensors["down"].shape[1]))

@@ -1,0 +1,60 @@
+"""What the person at the node sees while it works, and their wish to stop."""
+
+import logging
+import time
+
+import comfy.model_management
+import comfy.utils
+
+TEXT_INTERVAL = 0.5  # seconds between two text lines
+LOG_INTERVAL = 15.0  # seconds between two log lines
+
+
+class Progress:
+    """Progress bar, text line on the node and log of a training's phases.
+
+    Every `step` also asks whether the person pressed stop, and raises ComfyUI's InterruptProcessingException then.
+    """
+
+    def __init__(self, node_id: str | None = None):
+        self.node_id = node_id
+        self._send_text = None
+        if node_id is not None:
+            from server import PromptServer  # only there in a running server
+
+            server = getattr(PromptServer, "instance", None)
+            self._send_text = server.send_progress_text if server else None
+        self.phase("starting", 1)
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a phase of `total` steps."""
+        self.name, self.total = name, total
+        self._began = time.monotonic()
+        self._texted = self._logged = 0.0
+        self._bar = comfy.utils.ProgressBar(total, node_id=self.node_id)
+        self.step(0, "")
+
+    def step(self, done: int, line: str) -> None:
+        """Report that `done` of the phase's steps are done, with what there is to say about it."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(done, self.total)
+        now = time.monotonic()
+        last = done >= self.total
+        if now - self._texted < TEXT_INTERVAL and not last:
+            return
+        self._texted = now
+        text = self._text(done, line, now)
+        if self._send_text is not None:
+            self._send_text(text, self.node_id)
+        if now - self._logged >= LOG_INTERVAL or last:
+            self._logged = now
+            logging.info("SuDe: %s", text)
+
+    def _text(self, done: int, line: str, now: float) -> str:
+        parts = [self.name if self.total <= 1 else f"{self.name} {done}/{self.total}"]
+        if line:
+            parts.append(line)
+        if 0 < done < self.total:
+            left = (now - self._began) / done * (self.total - done)
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return " · ".join(parts)

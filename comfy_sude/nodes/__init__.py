@@ -1,0 +1,15 @@
+"""Thin V3 nodes: read inputs, call one function, wrap the result. Node ids and socket orders are append-only."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .fine_tune import SuDeFineTune
+from .options import SuDeTrainingOptions
+from .prompt import SuDePrompt
+
+
+class SuDeExtension(ComfyExtension):
+    """The pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of a workflow."""
+        return [SuDeFineTune, SuDeTrainingOptions, SuDePrompt]

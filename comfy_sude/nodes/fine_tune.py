@@ -1,0 +1,106 @@
+"""SuDe Fine-Tune: MODEL, CLIP, VAE, a picture and its category in; patched MODEL and CLIP and the SUBJECT out."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from .. import chart
+from ..baselines import REGISTRY
+from ..finetune import fine_tune
+from ..host.model import apply_subject
+from ..host.progress import Progress
+from ..recipe import Options, Recipe
+from .sockets import CATEGORY, OptionsSocket, SubjectSocket, widgets
+
+
+class SuDeFineTune(io.ComfyNode):
+    """The trainer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and help of the node."""
+        methods = [io.DynamicCombo.Option(name, widgets(baseline.settings)) for name, baseline in REGISTRY.items()]
+        return io.Schema(
+            node_id="SuDeFineTune",
+            display_name="SuDe Fine-Tune",
+            category=CATEGORY,
+            description="Learns your subject from one picture and lets it inherit what its category can do (SuDe, CVPR 2024). "
+            "Sample the outputs with prompts such as 'photo of a running sks dog'.",
+            search_aliases=["dreambooth", "train", "subject", "one-shot", "lora training", "personalize"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.x or SD2.x model. It is only read, never changed."),
+                io.Clip.Input("clip", tooltip="The same checkpoint's CLIP. It is only read, never changed."),
+                io.Vae.Input("vae", tooltip="The same checkpoint's VAE."),
+                io.Image.Input(
+                    "image", tooltip="A picture of your subject. One is enough; several are drawn from at random."
+                ),
+                io.String.Input(
+                    "category",
+                    default="dog",
+                    tooltip="What the picture shows, in one or two words: dog, teapot, stuffed animal. Its attributes are "
+                    "what the subject inherits.",
+                ),
+                io.DynamicCombo.Input(
+                    "baseline",
+                    options=methods,
+                    tooltip="The fine-tuning method SuDe is added to, with its published presets. "
+                    + " ".join(f"{name}: {baseline.help}" for name, baseline in REGISTRY.items()),
+                ),
+                io.Int.Input(
+                    "training_seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    tooltip="Seed of every random number of the training. Same inputs and seed give the same result.",
+                ),
+                io.Image.Input(
+                    "class_images",
+                    optional=True,
+                    tooltip="Your own pictures of other members of the category, instead of drawing them with the model.",
+                ),
+                OptionsSocket.Input(
+                    "options", optional=True, tooltip="From SuDe Training Options; the presets without it."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with the subject in it, for any sampler."),
+                io.Clip.Output(
+                    display_name="CLIP", tooltip="The text encoder with the subject in it, for your prompts."
+                ),
+                SubjectSocket.Output(display_name="SUBJECT", tooltip="What was learned, for SuDe Prompt."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, image, category, baseline=None, training_seed=0, class_images=None, options=None
+    ) -> io.NodeOutput:
+        """Train, then patch clones of MODEL and CLIP. Raises ValueError on what cannot be trained."""
+        recipe = read_recipe(category, baseline, training_seed, options or Options())
+        if class_images is not None and recipe.options.prior.kind != "class images":
+            raise ValueError(
+                f"class_images are connected, but the prior is {recipe.options.prior.kind!r} and would not use them: "
+                "disconnect them or set the prior to 'class images' in SuDe Training Options."
+            )
+        cache = Path(folder_paths.get_user_directory()) / "sude"
+        report = Progress(cls.hidden.unique_id)
+        subject = fine_tune(model, clip, vae, image, recipe, report, cache, class_images)
+        title = f"{recipe.method} of {recipe.category!r}, w_s {recipe.baseline.w_s:g}, {subject.log.steps} steps"
+        picture = ui.PreviewImage(chart.draw(subject.log, title), cls=cls)
+        return io.NodeOutput(*apply_subject(model, clip, subject), subject, ui=picture)
+
+
+def read_recipe(category: str, baseline: dict | None, seed: int, options: Options) -> Recipe:
+    """The Recipe of the node's inputs; ValueError for an unknown or missing baseline."""
+    values = dict(baseline or {})
+    method = values.pop("baseline", None)
+    if method not in REGISTRY:
+        given = f"{method!r} is not a baseline" if method else "no baseline is chosen"
+        raise ValueError(f"baseline: {given}. Choose one of: {', '.join(REGISTRY)}.")
+    try:
+        settings = REGISTRY[method].settings(**values)
+    except TypeError as error:
+        raise ValueError(f"baseline {method!r} was given inputs it does not have: {error}.") from error
+    return Recipe(category, method, settings, options, seed)

@@ -1,0 +1,58 @@
+"""SuDe Training Options: how to train, whatever the baseline."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..recipe import Options, Prior, check_values
+from .sockets import CATEGORY, OptionsSocket, widgets
+
+BEFORE_PRIOR = ("precision", "resolution", "batch_size", "optimizer", "gradient_checkpointing")
+AFTER_PRIOR = (
+    "truncation", "t0", "reference", "flip", "fit", "sample_latent", "weight_decay", "max_grad_norm",
+)  # fmt: skip
+
+
+class SuDeTrainingOptions(io.ComfyNode):
+    """The recipe's options as widgets."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and help of the node."""
+        priors = [
+            io.DynamicCombo.Option(
+                "class images",
+                [
+                    *widgets(Prior, ("w_r", "number", "steps", "cfg", "negative_prompt")),
+                    io.Combo.Input("sampler", options=comfy.samplers.SAMPLER_NAMES, default=Prior.sampler),
+                    io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default=Prior.scheduler),
+                    *widgets(Prior, ("image_seed",)),
+                ],
+            ),
+            io.DynamicCombo.Option("distillation", widgets(Prior, ("w_r",))),
+            io.DynamicCombo.Option("off", []),
+        ]
+        help = Prior.__dataclass_fields__["kind"].metadata["help"]
+        return io.Schema(
+            node_id="SuDeTrainingOptions",
+            display_name="SuDe Training Options",
+            category=CATEGORY,
+            description="How SuDe Fine-Tune trains. Everything has the published preset; change what your GPU or picture needs.",
+            inputs=[
+                *widgets(Options, BEFORE_PRIOR),
+                io.DynamicCombo.Input("prior", options=priors, tooltip=f"Prior preservation. {help}"),
+                *widgets(Options, AFTER_PRIOR),
+            ],
+            outputs=[OptionsSocket.Output(display_name="OPTIONS", tooltip="For SuDe Fine-Tune's options input.")],
+        )
+
+    @classmethod
+    def execute(cls, prior=None, **values) -> io.NodeOutput:
+        """Wrap the values; ValueError for an unknown or missing prior, or values out of bounds."""
+        settings = dict(prior or {})
+        kind = settings.pop("prior", None)
+        if kind is None:
+            raise ValueError("prior: none is chosen. Choose one of: class images, distillation, off.")
+        options = Options(prior=Prior(kind=kind, **settings), **values)
+        check_values(options)
+        check_values(options.prior)
+        return io.NodeOutput(options)

@@ -1,0 +1,177 @@
+"""Every hyperparameter of a training, as frozen dataclasses with the published presets and their sources.
+
+A Recipe decides everything random and numeric: the same Recipe, example and models give the same bits on one device.
+Each field carries its own bounds and the help text that its widget shows, so that a number, its limits and its source
+stand in one line. Sources: "paper" is arXiv 2403.06775 (CVPR 2024); "code" the authors' release (FaceChain-SuDe in
+modelscope/facechain); "diffusers" the DreamBooth example of huggingface/diffusers.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from . import captions
+from .sude import T0_MODES
+
+
+def numeric(default: float, low: float, high: float, step: float, help: str):
+    """A numeric field with inclusive bounds; `step` is the widget's. An int default makes an integer."""
+    return field(default=default, metadata={"low": low, "high": high, "step": step, "help": help})
+
+
+def choice(default: str, options: tuple[str, ...], help: str):
+    """A field that takes one of a few names."""
+    return field(default=default, metadata={"options": options, "help": help})
+
+
+def plain(default, help: str):
+    """A switch or a text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every baseline asks for. A baseline's own file subclasses this with its published presets."""
+
+    w_s: float
+    steps: int
+    learning_rate: float
+    identifier: str
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Prior preservation: what keeps "photo of a dog" meaning any dog while one dog is learned."""
+
+    kind: str = choice(
+        "class images",
+        ("class images", "distillation", "off"),
+        "class images: pictures of the category drawn from the incoming model (released code). distillation: the "
+        "pretrained model's own prediction under the category caption (paper Eq. 14), no pictures but a frozen copy of "
+        "the UNet. off: none.",
+    )
+    w_r: float = numeric(
+        2.0, 0.0, 1000.0, 0.1, "Weight of the prior loss. Source: code (upstream DreamBooth uses 1.0)."
+    )
+    number: int = numeric(50, 1, 10_000, 1, "Class images to draw once; they are kept on disk. Source: code.")
+    steps: int = numeric(50, 1, 1000, 1, "Sampling steps of a class image. Source: code.")
+    cfg: float = numeric(10.0, 0.0, 100.0, 0.5, "Guidance scale of a class image. Source: code.")
+    negative_prompt: str = plain(
+        "monochrome, lowres, bad anatomy, worst quality, low quality",  # code, stable_txt2img.py:253
+        "For the class images only; never used in training. Source: code.",
+    )
+    sampler: str = plain("ddim", "ComfyUI sampler of the class images; DDIM with eta 0 as in the code.")
+    scheduler: str = plain("ddim_uniform", "ComfyUI scheduler of the class images.")
+    image_seed: int = numeric(7, 0, 2**64 - 1, 1, "Noise of the class images. Source: code.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, whatever the baseline."""
+
+    precision: str = choice(
+        "fp32",
+        ("fp32", "bf16", "fp16"),
+        "Forward and backward pass: fp32 (code), or bf16/fp16 autocast for speed and less activation memory. Trained "
+        "weights and optimizer states are always fp32.",
+    )
+    resolution: int = numeric(
+        0,
+        0,
+        4096,
+        8,
+        "Side of the square example in pixels; 0 asks the checkpoint (512 px for SD1.x, 768 for SD2.x-v).",
+    )
+    batch_size: int = numeric(
+        1, 1, 4096, 1, "Subject samples per step, as many prior samples go with them. Source: code."
+    )
+    optimizer: str = choice(
+        "AdamW", ("AdamW", "Adafactor"), "AdamW (code), or Adafactor for a fraction of the optimizer memory."
+    )
+    weight_decay: float = numeric(0.01, 0.0, 1.0, 0.001, "Decoupled weight decay. Source: code (PyTorch's default).")
+    max_grad_norm: float = numeric(0.0, 0.0, 1e6, 0.1, "Clip the gradient norm; 0 does not clip. Source: code.")
+    gradient_checkpointing: bool = plain(
+        True,
+        "Recompute each transformer block in the backward pass: less memory, same gradients, slower. Source: code.",
+    )
+    prior: Prior = field(default_factory=Prior)
+    truncation: bool = plain(
+        True, "The truncation of the loss (paper Eq. 9). Off is the paper's ablation: it collapses."
+    )
+    t0: str = choice(
+        "clamp",
+        T0_MODES,
+        "The loss weight at timestep 0: clamp uses timestep 1's; faithful keeps the released code's, 851 times the usual "
+        "(an artefact of its 1e-6).",
+    )
+    reference: str = choice(
+        "current",
+        ("current", "pretrained"),
+        "Weights behind the category and empty-caption predictions: current (code), or pretrained, a frozen copy of the "
+        "UNet (twice its memory; needs a larger w_s).",
+    )
+    flip: bool = plain(
+        True, "Mirror the example at random. Source: code. Switch off for writing or one-sided subjects."
+    )
+    fit: str = choice(
+        "center crop",
+        ("center crop", "squash"),
+        "A picture that is not square is cropped, or squashed as the code does (its pictures are all square).",
+    )
+    sample_latent: bool = plain(
+        True, "Draw the latent from the VAE's posterior at every step (code), or take its mode."
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training. `seed` is behind every random number: adapter init, noise, timesteps, flips, posterior samples.
+
+    `method` names the baseline (a key of `baselines.REGISTRY`), `baseline` holds its settings.
+    """
+
+    category: str
+    method: str
+    baseline: Settings
+    options: Options = field(default_factory=Options)
+    seed: int = 0
+
+    def as_dict(self) -> dict:
+        """Nested plain values, for metadata and hashing."""
+        return dataclasses.asdict(self)
+
+    def checked(self) -> "Recipe":
+        """This recipe with tidy captions.
+
+        Raises:
+            ValueError: a value no training can use: what was given, what is wrong, what to do.
+        """
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"training_seed is {self.seed}, but it must be a whole number from 0 to 2^64 - 1.")
+        for values in (self.baseline, self.options, self.options.prior):
+            check_values(values)
+        if 0 < self.options.resolution < 64 or self.options.resolution % 8:
+            raise ValueError(
+                f"resolution is {self.options.resolution}: it must be 0 (automatic) or a multiple of 8 from 64 on."
+            )
+        category, identifier = captions.check(self.category, self.baseline.identifier)
+        baseline = dataclasses.replace(self.baseline, identifier=identifier)
+        return dataclasses.replace(self, category=category, baseline=baseline)
+
+
+def check_values(values) -> None:
+    """Hold a dataclass of settings against its fields' bounds and names; ValueError names field, value and remedy."""
+    for spec in dataclasses.fields(values):
+        value, limits, preset = getattr(values, spec.name), spec.metadata, spec.default
+        if "low" in limits and not _within(value, limits["low"], limits["high"], isinstance(preset, int)):
+            kind = "a whole number" if isinstance(preset, int) else "a number"
+            bounds = f"from {limits['low']:g} to {limits['high']:g}"
+            raise ValueError(f"{spec.name} is {value}, but it must be {kind} {bounds}; the preset is {preset:g}.")
+        if "options" in limits and value not in limits["options"]:
+            raise ValueError(f"{spec.name} is {value!r}, but it must be one of: {', '.join(limits['options'])}.")
+
+
+def _within(value, low: float, high: float, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return low <= value <= high and (not whole or value == int(value))
