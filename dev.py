@@ -21,8 +21,8 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 PYTHONS = ((3, 10), (3, 14))  # the oldest and newest Python that torch 2.11 is built for
 if sys.version_info < PYTHONS[0]:  # noqa: UP036 - an older Python must be told so in words, not with a traceback
@@ -76,8 +76,7 @@ class Problem(Exception):
     """Something the person at the keyboard can understand and mend, said in one sentence."""
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """The ComfyUI in use and the Python that runs it; nothing is installed into a `foreign` one, the user's own."""
 
     comfyui: Path
