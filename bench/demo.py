@@ -1,8 +1,8 @@
 """What `python dev.py demo` shows: one picture, two trainings, and what the three models make of the same prompts.
 
-A real ComfyUI runs one workflow: the checkpoint as it is, fine-tuned on the picture by DreamBooth, and by DreamBooth with
-SuDe; each samples the same attribute prompts from the same noise. Written to the output folder: the example, the grid of
-all pictures, the chart of the SuDe training and the workflow. Needs the environment that dev.py sets up.
+A real ComfyUI runs one workflow: the checkpoint as it is, fine-tuned on the picture by DreamBooth, and by DreamBooth
+with SuDe; each samples the same attribute prompts from the same noise. Written to the output folder: the example, the
+grid of all pictures, the chart of the SuDe training and the workflow. Needs the environment that dev.py sets up.
 """
 
 import argparse

@@ -55,12 +55,10 @@ def checkpoint(server: ComfyServer) -> Callable[[str], str]:
         if variant not in made:
             name = f"tiny_{variant}.safetensors"
             path = server.base / "models" / "checkpoints" / name
-            environment = {
-                **os.environ,
-                "COMFYUI_PATH": str(server.comfyui),
-            }  # a process of its own: it imports ComfyUI
-            command = [sys.executable, "-m", "tests.tiny", variant, str(path)]
-            subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True)
+            # In a process of its own: it imports ComfyUI, which must not be on this one's path.
+            command = [sys.executable, str(REPO / "tests" / "tiny.py"), str(path), variant]
+            environment = {**os.environ, "PYTHONPATH": str(server.comfyui)}
+            subprocess.run(command, env=environment, check=True, capture_output=True)
             made[variant] = name
         return made[variant]
 

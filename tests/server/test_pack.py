@@ -67,7 +67,7 @@ def test_the_options_node_fits_the_fine_tune_node(client: ComfyClient):
 @pytest.mark.parametrize("node", sorted(NODES))
 def test_every_input_and_output_says_what_it_is_for(client: ComfyClient, node: str):
     info = client.object_info(node)[node]
-    for group in info["input"].values():
+    for group in (info["input"].get("required", {}), info["input"].get("optional", {})):
         for name, (kind, *settings) in group.items():
             assert settings and settings[0].get("tooltip"), f"{node}.{name} ({kind}) has no tooltip"
             for option in settings[0].get("options") or []:
