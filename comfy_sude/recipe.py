@@ -7,7 +7,6 @@ modelscope/facechain); "diffusers" the DreamBooth example of huggingface/diffuse
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 from . import captions
@@ -172,6 +171,6 @@ def check_values(values) -> None:
 
 
 def _within(value, low: float, high: float, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return low <= value <= high and (not whole or value == int(value))
