@@ -1,0 +1,88 @@
+"""Headless Chromium on the suite's one ComfyUI server.
+
+The browser is the one named by CHROMIUM, else one found on the machine, else Playwright's. Without any the tests are
+skipped, or fail where SUDE_REQUIRE_BROWSER is set (as in CI).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, sync_playwright
+
+from bench.comfy_client import ComfyClient
+from bench.comfy_server import ComfyServer
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+PLACES = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+    r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+)
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# What a first-time user is asked; a test is not a first-time user.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Workflow.Persist": False}
+READY = "window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types.SuDeFineTune"
+
+
+def find_browser(playwright: Playwright) -> str | None:
+    """The path of a Chromium-like browser, or None."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    return found or next(
+        (place for place in (*PLACES, playwright.chromium.executable_path) if Path(place).exists()), None
+    )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One headless browser for all browser tests."""
+    with sync_playwright() as playwright:
+        path = find_browser(playwright)
+        if not path:
+            problem = "no Chromium was found: install one (Debian: apt install chromium) or set CHROMIUM to its path"
+            if os.environ.get("SUDE_REQUIRE_BROWSER"):
+                pytest.fail(problem)
+            pytest.skip(problem)
+        started = playwright.chromium.launch(executable_path=path, headless=True, args=list(FLAGS))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: ComfyServer, tmp_path: Path) -> Iterator[Page]:
+    """A fresh tab with ComfyUI loaded and the pack's nodes registered; `page.errors` are the errors it reported.
+
+    A screenshot of its last moment is left as page.png in the test's temporary folder.
+    """
+    with ComfyClient(server.address) as client:
+        for name, value in SETTINGS.items():
+            client.request("POST", f"/settings/{name}", json.dumps(value).encode())
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    tab = context.new_page()
+    tab.set_default_timeout(120_000)  # the machine may be busy
+    tab.errors = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            tab.errors.append(f"{message.text} ({message.location.get('url', '')})")
+
+    tab.on("console", note)
+    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+    tab.goto(server.address, wait_until="domcontentloaded")
+    tab.wait_for_function(READY)
+    yield tab
+    tab.screenshot(path=tmp_path / "page.png")
+    context.close()
