@@ -18,20 +18,25 @@ class SuDeTrainingOptions(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs, outputs and help of the node."""
+        help = {name: spec.metadata.get("help") for name, spec in Prior.__dataclass_fields__.items()}
         priors = [
             io.DynamicCombo.Option(
                 "class images",
                 [
                     *widgets(Prior, ("w_r", "number", "steps", "cfg", "negative_prompt")),
-                    io.Combo.Input("sampler", options=comfy.samplers.SAMPLER_NAMES, default=Prior.sampler),
-                    io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default=Prior.scheduler),
+                    *(
+                        io.Combo.Input(name, options=names, default=getattr(Prior, name), tooltip=help[name])
+                        for name, names in (
+                            ("sampler", comfy.samplers.SAMPLER_NAMES),
+                            ("scheduler", comfy.samplers.SCHEDULER_NAMES),
+                        )
+                    ),
                     *widgets(Prior, ("image_seed",)),
                 ],
             ),
             io.DynamicCombo.Option("distillation", widgets(Prior, ("w_r",))),
             io.DynamicCombo.Option("off", []),
         ]
-        help = Prior.__dataclass_fields__["kind"].metadata["help"]
         return io.Schema(
             node_id="SuDeTrainingOptions",
             display_name="SuDe Training Options",
@@ -39,7 +44,7 @@ class SuDeTrainingOptions(io.ComfyNode):
             description="How SuDe Fine-Tune trains. Everything has the published preset; change what your GPU or picture needs.",
             inputs=[
                 *widgets(Options, BEFORE_PRIOR),
-                io.DynamicCombo.Input("prior", options=priors, tooltip=f"Prior preservation. {help}"),
+                io.DynamicCombo.Input("prior", options=priors, tooltip=f"Prior preservation. {help['kind']}"),
                 *widgets(Options, AFTER_PRIOR),
             ],
             outputs=[OptionsSocket.Output(display_name="OPTIONS", tooltip="For SuDe Fine-Tune's options input.")],
