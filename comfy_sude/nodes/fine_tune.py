@@ -25,8 +25,8 @@ class SuDeFineTune(io.ComfyNode):
             node_id="SuDeFineTune",
             display_name="SuDe Fine-Tune",
             category=CATEGORY,
-            description="Learns your subject from one picture and lets it inherit what its category can do (SuDe, CVPR 2024). "
-            "Sample the outputs with prompts such as 'photo of a running sks dog'.",
+            description="Learns your subject from one picture and lets it inherit what its category can do (SuDe, "
+            "CVPR 2024). Sample the outputs with prompts such as 'photo of a running sks dog'.",
             search_aliases=["dreambooth", "train", "subject", "one-shot", "lora training", "personalize"],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x or SD2.x model. It is only read, never changed."),
@@ -38,8 +38,8 @@ class SuDeFineTune(io.ComfyNode):
                 io.String.Input(
                     "category",
                     default="dog",
-                    tooltip="What the picture shows, in one or two words: dog, teapot, stuffed animal. Its attributes are "
-                    "what the subject inherits.",
+                    tooltip="What the picture shows, in one or two words: dog, teapot, stuffed animal. Its attributes "
+                    "are what the subject inherits.",
                 ),
                 io.DynamicCombo.Input(
                     "baseline",
@@ -57,7 +57,8 @@ class SuDeFineTune(io.ComfyNode):
                 io.Image.Input(
                     "class_images",
                     optional=True,
-                    tooltip="Your own pictures of other members of the category, instead of drawing them with the model.",
+                    tooltip="Your own pictures of other members of the category, instead of drawing them with the "
+                    "model.",
                 ),
                 OptionsSocket.Input(
                     "options", optional=True, tooltip="From SuDe Training Options; the presets without it."

@@ -41,7 +41,8 @@ class SuDeTrainingOptions(io.ComfyNode):
             node_id="SuDeTrainingOptions",
             display_name="SuDe Training Options",
             category=CATEGORY,
-            description="How SuDe Fine-Tune trains. Everything has the published preset; change what your GPU or picture needs.",
+            description="How SuDe Fine-Tune trains. Everything has the published preset; change what your GPU "
+            "or picture needs.",
             inputs=[
                 *widgets(Options, BEFORE_PRIOR),
                 io.DynamicCombo.Input("prior", options=priors, tooltip=f"Prior preservation. {help['kind']}"),
