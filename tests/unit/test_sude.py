@@ -1,4 +1,4 @@
-"""The loss against an independent computation: the released procedure in posterior-mean space, float64, one sample each."""
+"""The loss against an independent computation: the released procedure in posterior-mean space, in float64."""
 
 import math
 
