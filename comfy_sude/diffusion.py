@@ -1,7 +1,7 @@
 """The noise process as the method needs it, read from any ComfyUI model_sampling: noising, target, noise equivalents.
 
-Everything here is in the variance-preserving scale that the UNet sees: x_t = sqrt(ab_t) z + sqrt(1 - ab_t) noise, with z
-the latent in model scale. (ComfyUI's own x is x_t * sqrt(sigma^2 + 1), sigma^2 = (1 - ab) / ab.)
+Everything here is in the variance-preserving scale that the UNet sees: x_t = sqrt(ab_t) z + sqrt(1 - ab_t) noise, with
+z the latent in model scale. (ComfyUI's own x is x_t * sqrt(sigma^2 + 1), sigma^2 = (1 - ab) / ab.)
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class NoiseProcess:
         return ab.sqrt().to(like), (1 - ab).sqrt().to(like)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t: [B, C, h, w] noisy latents, from z: [B, C, h, w] latents (model scale), noise alike and t: [B] timesteps."""
+        """x_t: [B, C, h, w] noisy latents, from z: [B, C, h, w] latents (model scale), noise alike, t: [B] steps."""
         alpha, sigma = self.signal(t, z)
         return alpha * z + sigma * noise
 
@@ -70,7 +70,7 @@ class NoiseProcess:
         return alpha * noise - sigma * z
 
     def to_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """[B, C, h, w] the noise that a model's prediction at (x_t, t) amounts to. eps = sqrt(ab) v + sqrt(1 - ab) x_t."""
+        """[B, C, h, w] the noise a model's prediction at (x_t, t) amounts to: eps = sqrt(ab) v + sqrt(1 - ab) x_t."""
         if self.prediction == "eps":
             return prediction
         alpha, sigma = self.signal(t, prediction)

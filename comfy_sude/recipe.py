@@ -100,14 +100,14 @@ class Options:
     t0: str = choice(
         "clamp",
         T0_MODES,
-        "The loss weight at timestep 0: clamp uses timestep 1's; faithful keeps the released code's, 851 times the usual "
-        "(an artefact of its 1e-6).",
+        "The loss weight at timestep 0: clamp uses timestep 1's; faithful keeps the released code's, 851 times the "
+        "usual (an artefact of its 1e-6).",
     )
     reference: str = choice(
         "current",
         ("current", "pretrained"),
-        "Weights behind the category and empty-caption predictions: current (code), or pretrained, a frozen copy of the "
-        "UNet (twice its memory; needs a larger w_s).",
+        "Weights behind the category and empty-caption predictions: current (code), or pretrained, a frozen copy of "
+        "the UNet (twice its memory; needs a larger w_s).",
     )
     flip: bool = plain(
         True, "Mirror the example at random. Source: code. Switch off for writing or one-sided subjects."

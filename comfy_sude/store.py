@@ -1,7 +1,7 @@
 """The content-addressed store on disk: what was computed once from the same inputs is read back, not computed again.
 
-One safetensors file per entry, named by the hash of what it was made from; written to a temporary file and renamed, so a
-crash leaves either the whole entry or none.
+One safetensors file per entry, named by the hash of what it was made from; written to a temporary file and renamed, so
+a crash leaves either the whole entry or none.
 """
 
 import hashlib

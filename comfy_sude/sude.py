@@ -1,6 +1,6 @@
 """The SuDe loss: a subject is a derived class of its category and inherits the category's attributes.
 
-Paper: Building Derived Class to Inherit Category Attributes for One-shot Subject-Driven Generation (CVPR 2024), Eq. 4-9.
+Paper: Building Derived Class to Inherit Category Attributes for One-shot Subject-Driven Generation, CVPR 2024, Eq. 4-9
 Pure torch. From any training script, with `a`, `c`, `u` the noise predictions at the SAME noisy latents and timesteps
 under the subject caption, the category caption and the empty caption:
 
@@ -9,10 +9,10 @@ under the subject caption, the category caption and the empty caption:
     total = l_sub.mean() + w_s * term.loss.mean()
 
 What the loss says. SuDe asks the prediction under the subject caption to be at least as likely an instance of the
-category as the category's own prediction is: minimise  lambda * (|a - c|^2 - |a - u|^2)  as long as it exceeds its value
-at a = c. Because |a-c|^2 - |a-u|^2 + |c-u|^2 = 2 (c-a).(c-u), the loss is linear in `a` (gradient 2 lambda/N (u-c)) and
-the truncation is a hinge that opens while `a` has less of the direction c-u than `c` has. Without the truncation nothing
-bounds the loss and training collapses (paper Fig. 5).
+category as the category's own prediction is: minimise  lambda * (|a - c|^2 - |a - u|^2)  as long as it exceeds its
+value at a = c. Because |a-c|^2 - |a-u|^2 + |c-u|^2 = 2 (c-a).(c-u), the loss is linear in `a` (gradient 2 lambda/N
+(u-c)) and the truncation is a hinge that opens while `a` has less of the direction c-u than `c` has. Without the
+truncation nothing bounds the loss and training collapses (paper Fig. 5).
 """
 
 from typing import NamedTuple
@@ -79,8 +79,8 @@ def weight(alphas_cumprod: Tensor, t: Tensor, t0: str = "clamp") -> Tensor:
 def loss(a: Tensor, c: Tensor, u: Tensor, weight: Tensor, truncate: bool = True) -> SuDeTerm:
     """The truncated SuDe loss, per sample and in float32 whatever the inputs are.
 
-    Source: paper Eq. 8-9; gate per sample and strict as in the released code (ddpm.py:1204). The released code mixes the
-    samples of a batch (it was only run at batch 1); here every sample stands for itself.
+    Source: paper Eq. 8-9; gate per sample and strict as in the released code (ddpm.py:1204). The released code mixes
+    the samples of a batch (it was only run at batch 1); here every sample stands for itself.
 
     Args:
         a: [B, ...] noise predicted under the subject caption; the only tensor that receives a gradient.

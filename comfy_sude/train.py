@@ -112,7 +112,8 @@ class Trainer:
         values = torch.stack([loss.detach(), *(terms[name].detach() for name in TERMS)]).tolist()
         if not values[0] - values[0] == 0:
             raise FloatingPointError(
-                f"the loss is not finite at step {self.log.steps + 1}: use a smaller learning rate or w_s, or precision fp32."
+                f"the loss is not finite at step {self.log.steps + 1}: use a smaller learning rate or w_s, or "
+                "precision fp32."
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
