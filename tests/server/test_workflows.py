@@ -1,0 +1,348 @@
+"""The shipped workflows on a real server: valid, the same in both formats, run by every client, stoppable, cached."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from comfy_cli.workflow_to_api import convert_ui_to_api
+
+from bench.comfy_client import ComfyClient, Result
+from bench.comfy_server import ComfyServer, link
+
+REPO = Path(__file__).resolve().parents[2]
+WORKFLOWS = REPO / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+# The mini world's settings in the quick start: {node title: {input: value}}. Tune them in both files and here.
+TRAINING = {
+    "category": "dog",
+    "baseline": "DreamBooth",
+    "baseline.steps": 200,
+    "baseline.learning_rate": 5e-5,
+    "training_seed": 0,
+}
+SAMPLING = {"seed": 7, "steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "normal"}
+QUICKSTART = {
+    "Load Checkpoint": {"ckpt_name": "miniworld.safetensors"},
+    "The one picture": {"image": "spike.png"},
+    "SuDe Training Options": {
+        "precision": "fp32",
+        "resolution": 0,
+        "gradient_checkpointing": False,
+        "prior": "class images",
+        "prior.number": 16,
+        "prior.steps": 20,
+        "prior.cfg": 4,
+        "prior.negative_prompt": "",
+    },
+    "SuDe Fine-Tune: with SuDe": {**TRAINING, "baseline.w_s": 0.4},
+    "SuDe Fine-Tune: without SuDe (w_s 0)": {**TRAINING, "baseline.w_s": 0},
+    "Size and number of pictures": {"width": 64, "height": 64},
+    "KSampler, with SuDe": SAMPLING,
+    "KSampler, without SuDe (w_s 0)": SAMPLING,
+}
+PAPER = {  # spec of the released code: 500 steps at 1e-6, w_s 0.4; sampled by 50 steps of DDIM at CFG 10
+    "baseline": "DreamBooth",
+    "baseline.w_s": 0.4,
+    "baseline.steps": 500,
+    "baseline.learning_rate": 1e-6,
+    "baseline.identifier": "sks",
+}
+
+SILENCE = 2.0  # seconds the node may say nothing
+MIB = 1024**2
+
+
+@pytest.fixture(scope="module")
+def furnished(server: ComfyServer, checkpoint) -> str:
+    """Puts what the workflows name into the server's folders: a small checkpoint and pictures under their names."""
+    name = checkpoint("abs")
+    folder = server.base / "models" / "checkpoints"
+    for needed in ("miniworld.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"):
+        link(folder / name, folder / needed)
+    shutil.copy(WORKFLOWS / "spike.png", server.base / "input" / "spike.png")
+    shutil.copy(WORKFLOWS / "spike.png", server.base / "input" / "example.png")
+    return name
+
+
+def ui(name: str) -> dict:
+    """A shipped workflow as the frontend saves it."""
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api(name: str) -> dict:
+    """A shipped workflow as the API takes it."""
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def small(workflow: dict, **training: object) -> dict:
+    """A copy of an API workflow that takes seconds: 64 px, few steps and class images."""
+    quick = {
+        "SuDeFineTune": {"baseline.steps": 2, **training},
+        "SuDeTrainingOptions": {"resolution": 64, "prior.number": 2, "prior.steps": 1},
+        "KSampler": {"steps": 1},
+        "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 1},
+    }
+    workflow = copy.deepcopy(workflow)
+    for node in workflow.values():
+        node["inputs"].update(quick.get(node["class_type"], {}))
+    return workflow
+
+
+def nodes(workflow: dict, class_type: str) -> list[str]:
+    """The identifiers of the nodes of one class."""
+    return [name for name, node in workflow.items() if node["class_type"] == class_type]
+
+
+def by_title(workflow: dict, title: str) -> dict:
+    """The inputs of the node with this title."""
+    (inputs,) = (node["inputs"] for node in workflow.values() if node["_meta"]["title"] == title)
+    return inputs
+
+
+def literal(workflow: dict, value: object) -> object:
+    """An input's value, also when a primitive node gives it."""
+    return workflow[value[0]]["inputs"]["value"] if isinstance(value, list) else value
+
+
+# --- The files -------------------------------------------------------------------------------------------------------
+
+
+def test_every_workflow_is_shipped_in_both_formats():
+    assert {"quickstart", "dreambooth_sd15", "lora_sd15"} <= set(NAMES)
+    assert NAMES == sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_formats_are_the_same_graph(client: ComfyClient, furnished: str, name: str):
+    converted = convert_ui_to_api(ui(name), client.object_info())
+    shipped = api(name)
+    assert converted.keys() == shipped.keys()
+    for node in shipped:
+        assert converted[node]["class_type"] == shipped[node]["class_type"]
+        assert converted[node]["inputs"] == shipped[node]["inputs"], shipped[node]["_meta"]["title"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_accepts_every_workflow_as_it_is(client: ComfyClient, furnished: str, name: str):
+    for workflow in (api(name), convert_ui_to_api(ui(name), client.object_info())):
+        status, answer = client.post("/prompt", {"prompt": workflow, "client_id": "validation"})
+        assert status == 200 and not answer["node_errors"], answer
+        client.post("/queue", {"delete": [answer["prompt_id"]]})
+        client.interrupt(answer["prompt_id"])
+        wait_until_idle(client)
+
+
+def wait_until_idle(client: ComfyClient) -> None:
+    """Return when the server's queue is empty."""
+    end = time.monotonic() + 60
+    while any(client.get("/queue").values()):
+        assert time.monotonic() < end, "the server did not stop"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("title", sorted(QUICKSTART))
+def test_the_quick_start_has_the_mini_worlds_settings(title: str):
+    workflow = api("quickstart")
+    inputs = {
+        name: literal(workflow, value) for name, value in by_title(workflow, title).items() if name in QUICKSTART[title]
+    }
+    assert inputs == QUICKSTART[title]
+
+
+def test_the_quick_starts_rows_differ_only_in_sude():
+    workflow = api("quickstart")
+    first, second = (dict(workflow[node]["inputs"]) for node in nodes(workflow, "SuDeFineTune"))
+    assert {first.pop("baseline.w_s"), second.pop("baseline.w_s")} == {0.4, 0}
+    assert first == second
+
+
+def test_the_stable_diffusion_workflow_has_the_papers_settings():
+    workflow = api("dreambooth_sd15")
+    inputs = by_title(workflow, "SuDe Fine-Tune")
+    assert {name: inputs[name] for name in PAPER} == PAPER
+    sampler = by_title(workflow, "KSampler")
+    found = [sampler[name] for name in ("steps", "cfg", "sampler_name", "scheduler")]
+    assert found == [50, 10, "ddim", "ddim_uniform"]
+    options = by_title(workflow, "SuDe Training Options")
+    assert [options[f"prior.{name}"] for name in ("number", "steps", "cfg", "w_r")] == [50, 50, 10, 2]
+    negative = by_title(workflow, "Negative prompt")["text"]
+    assert negative == options["prior.negative_prompt"] == "monochrome, lowres, bad anatomy, worst quality, low quality"
+
+
+def test_the_workflow_for_small_gpus_saves_memory():
+    workflow = api("lora_sd15")
+    assert by_title(workflow, "SuDe Fine-Tune")["baseline"] == "DreamBooth LoRA"
+    options = by_title(workflow, "SuDe Training Options")
+    assert options["precision"] == "bf16" and options["gradient_checkpointing"] is True
+
+
+def test_the_help_in_other_languages_says_what_the_nodes_have(client: ComfyClient):
+    translated = {
+        path.parent.name: json.loads(path.read_text("utf-8")) for path in (REPO / "locales").glob("*/nodeDefs.json")
+    }
+    assert {"en", "zh"} <= translated.keys()
+    for node in ("SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt"):
+        info = client.object_info(node)[node]
+        tooltips = widget_tooltips(info["input"])
+        for language, texts in translated.items():
+            assert texts[node]["inputs"].keys() == tooltips.keys(), f"{language}: {node}"
+            assert list(texts[node]["outputs"]) == [str(slot) for slot in range(len(info["output"]))], language
+            assert all(text["name"] and text["tooltip"] for text in texts[node]["inputs"].values()), language
+            assert texts[node]["display_name"] and texts[node]["description"], language
+            shown = [text for entry in texts[node]["inputs"].values() for text in entry.values()]
+            assert not set("|{}@") & set("".join(shown)), f"{language}: characters that the frontend interprets"
+        english = translated["en"][node]
+        assert english["display_name"] == info["display_name"] and english["description"] == info["description"]
+        for slot, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True)):
+            assert english["outputs"][str(slot)] == {"name": name, "tooltip": tooltip}
+        for name, said in tooltips.items():
+            shown = english["inputs"][name]["tooltip"]
+            assert shown == said[0] if len(said) == 1 else all(text in shown for text in said), name
+
+
+def widget_tooltips(inputs: dict, prefix: str = "") -> dict[str, list[str]]:
+    """Tooltips by the frontend's translation key; several where options of a dynamic combo say different things."""
+    found: dict[str, list[str]] = {}
+    for group in ("required", "optional"):
+        for name, (_, *settings) in inputs.get(group, {}).items():
+            settings = settings[0] if settings else {}
+            here = {f"{prefix}{name}": [settings.get("tooltip", "")]}
+            for option in settings.get("options") or []:
+                if isinstance(option, dict):
+                    for key, said in widget_tooltips(option["inputs"], f"{prefix}{name}_").items():
+                        here[key] = here.get(key, []) + [text for text in said if text not in here.get(key, [])]
+            found.update(here)
+    return found
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+def check_quickstart(workflow: dict, result: Result, client: ComfyClient) -> None:
+    """Both pictures and both charts are there."""
+    assert result.error is None, result.error
+    for node in (*nodes(workflow, "SaveImage"), *nodes(workflow, "SuDeFineTune")):
+        assert client.view(result.images(node)[0])[:4] == b"\x89PNG"
+
+
+def test_the_quick_start_runs_as_a_plain_prompt_and_is_cached_the_second_time(client: ComfyClient, furnished: str):
+    workflow = small(api("quickstart"))
+    check_quickstart(workflow, client.submit(workflow), client)
+    again = client.submit(workflow)
+    assert again.error is None
+    assert not set(nodes(workflow, "SuDeFineTune")) & set(again.ran)
+    assert set(nodes(workflow, "SuDeFineTune")) <= set(again.cached)
+    assert not any("training" in text for _, text in again.texts)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"quickstart"}))
+def test_the_workflows_for_stable_diffusion_run(client: ComfyClient, furnished: str, name: str):
+    workflow = small(api(name))
+    result = client.submit(workflow)
+    assert result.error is None, result.error
+    assert client.view(result.images(nodes(workflow, "SaveImage")[0])[0])[:4] == b"\x89PNG"
+
+
+def test_the_quick_starts_file_runs_with_comfy_run(
+    server: ComfyServer, client: ComfyClient, furnished: str, tmp_path: Path
+):
+    workflow = ui("quickstart")
+    changes = {  # widgets_values has no names: old value -> new one, at the place of the old
+        "SuDeFineTune": {200: 2},
+        "SuDeTrainingOptions": {16: 2, 20: 1},
+        "KSampler": {20: 1},
+        "SaveImage": {},
+    }
+    for node in workflow["nodes"]:
+        for old, new in changes.get(node["type"], {}).items():
+            node["widgets_values"][node["widgets_values"].index(old)] = new
+        if node["type"] == "SaveImage":
+            node["widgets_values"] = ["by_comfy_run/" + node["title"].split(" ")[1]]
+    file = tmp_path / "quickstart.json"
+    file.write_text(json.dumps(workflow), encoding="utf-8")
+    comfy = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "run"]
+    place = ["--host", "127.0.0.1", "--port", str(server.port)]
+    done = subprocess.run(
+        [*comfy, "--workflow", str(file), "--wait", *place],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((server.base / "output" / "by_comfy_run").glob("*.png"))) == 2
+
+
+# --- While it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_node_is_never_silent_for_long(client: ComfyClient, furnished: str):
+    workflow = small(api("quickstart"), training_seed=21)
+    workflow[nodes(workflow, "SuDeTrainingOptions")[0]]["inputs"]["prior.image_seed"] = 21  # drawn anew
+    trainers = nodes(workflow, "SuDeFineTune")
+    running, heard = None, 0.0
+    silences: list[tuple[float, str]] = []
+    phase = ""
+
+    def listen(_: str, kind: str, data: dict) -> None:
+        nonlocal running, heard, phase
+        now = time.monotonic()
+        if running:
+            silences.append((now - heard, phase))
+        if kind == "executing":
+            running = data["node"] if data["node"] in trainers else None
+        if kind == "text":
+            phase = data["text"]
+        heard = now
+
+    result = client.submit(workflow, on_event=listen)
+    assert result.error is None, result.error
+    said = {text.split(" ")[0] for _, text in result.texts}
+    assert {"drawing", "encoding", "copying", "training", "taking"} <= said
+    assert max(silences) <= (SILENCE, ""), sorted(silences)[-5:]
+
+
+def test_an_interrupt_stops_within_a_step_and_gives_the_memory_back(
+    server: ComfyServer, client: ComfyClient, furnished: str
+):
+    process = psutil.Process(server.process.pid)
+    usual = small(api("dreambooth_sd15"), training_seed=22)
+    assert client.submit(usual).error is None
+    client.free()
+    before = settled(process)
+    asked: list[str] = []
+
+    def stop(prompt_id: str, kind: str, data: dict) -> None:
+        if kind == "text" and data["text"].startswith("training 2/") and not asked:
+            asked.append(data["text"])
+            client.interrupt(prompt_id)
+
+    long = small(usual, training_seed=23)
+    long[nodes(long, "SuDeFineTune")[0]]["inputs"]["baseline.steps"] = 5000
+    result = client.submit(long, on_event=stop)
+    assert result.error is not None and result.error.kind == "interrupted"
+    steps = [value for node, value, most in result.progress if most == 5000]
+    assert asked and max(steps) <= 4, "more than one step was done after the interrupt was asked for"
+    client.free()
+    after = settled(process, before + 200 * MIB)
+    # one fp32 copy of this checkpoint's networks is 520 MiB, and training holds four times that
+    assert after - before < 200 * MIB, f"{(after - before) / MIB:.0f} MiB more than before the interrupted training"
+    assert client.submit(small(api("dreambooth_sd15"), training_seed=24)).error is None
+
+
+def settled(process: psutil.Process, enough: int = 0) -> int:
+    """The resident memory in bytes once it no longer falls (the server frees it between prompts)."""
+    lowest, since = process.memory_info().rss, time.monotonic()
+    while time.monotonic() - since < 3 and lowest > enough:
+        time.sleep(0.2)
+        rss = process.memory_info().rss
+        if rss < lowest - MIB:
+            lowest, since = rss, time.monotonic()
+    return lowest
