@@ -1,6 +1,7 @@
 """What the person at the node sees while it works, and their wish to stop."""
 
 import logging
+import threading
 import time
 
 import comfy.model_management
@@ -8,12 +9,14 @@ import comfy.utils
 
 TEXT_INTERVAL = 0.5  # seconds between two text lines
 LOG_INTERVAL = 15.0  # seconds between two log lines
+SILENCE = 1.5  # seconds after which the text is sent again, so that nobody takes a slow step for the end
 
 
 class Progress:
     """Progress bar, text line on the node and log of a training's phases.
 
-    Every `step` also asks whether the person pressed stop, and raises ComfyUI's InterruptProcessingException then.
+    Every `step` also asks whether the person pressed stop, and raises ComfyUI's InterruptProcessingException then. In a
+    `with` statement the text is also repeated while one step or a phase without steps takes long.
     """
 
     def __init__(self, node_id: str | None = None):
@@ -24,19 +27,37 @@ class Progress:
 
             server = getattr(PromptServer, "instance", None)
             self._send_text = server.send_progress_text if server else None
+        self._ended = threading.Event()
         self.phase("starting", 1)
+
+    def __enter__(self) -> "Progress":
+        if self._send_text is not None:
+            threading.Thread(target=self._repeat, name="SuDe progress", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(SILENCE / 3):
+            now = time.monotonic()
+            if now - self._texted >= SILENCE:
+                self._texted = now
+                self._send_text(self._text(self._done, self._line, now), self.node_id)
 
     def phase(self, name: str, total: int) -> None:
         """Begin a phase of `total` steps."""
         self.name, self.total = name, total
         self._began = time.monotonic()
         self._texted = self._logged = 0.0
+        self._done, self._line = 0, ""
         self._bar = comfy.utils.ProgressBar(total, node_id=self.node_id)
         self.step(0, "")
 
     def step(self, done: int, line: str) -> None:
         """Report that `done` of the phase's steps are done, with what there is to say about it."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self._done, self._line = done, line
         self._bar.update_absolute(done, self.total)
         now = time.monotonic()
         last = done >= self.total

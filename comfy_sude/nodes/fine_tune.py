@@ -86,11 +86,14 @@ class SuDeFineTune(io.ComfyNode):
                 "disconnect them or set the prior to 'class images' in SuDe Training Options."
             )
         cache = Path(folder_paths.get_user_directory()) / "sude"
-        report = Progress(cls.hidden.unique_id)
-        subject = fine_tune(model, clip, vae, image, recipe, report, cache, class_images)
+        with Progress(cls.hidden.unique_id) as report:
+            subject = fine_tune(model, clip, vae, image, recipe, report, cache, class_images)
+            patched = apply_subject(model, clip, subject)
+            report.phase("done", 1)
+            report.step(1, f"{subject.log.steps} steps in {subject.log.seconds:.0f} s")
         title = f"{recipe.method} of {recipe.category!r}, w_s {recipe.baseline.w_s:g}, {subject.log.steps} steps"
         picture = ui.PreviewImage(chart.draw(subject.log, title), cls=cls)
-        return io.NodeOutput(*apply_subject(model, clip, subject), subject, ui=picture)
+        return io.NodeOutput(*patched, subject, ui=picture)
 
 
 def read_recipe(category: str, baseline: dict | None, seed: int, options: Options) -> Recipe:
