@@ -100,8 +100,9 @@ def say(text: str) -> None:
 
 def explain(what: str, output: str, log: Path) -> str:
     """One sentence for a program that failed: the known reason, or its last words."""
+    full = shutil.disk_usage(log.parent).free < 50e6  # then even the log may be empty
     for pattern, sentence in FAILURES:
-        if re.search(pattern, output):
+        if full or re.search(pattern, output):
             return f"{sentence} (log: {log})"
     last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
     return f"{what} failed: {last[:300]} (log: {log})"
