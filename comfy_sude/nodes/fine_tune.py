@@ -101,7 +101,7 @@ def read_recipe(category: str, baseline: dict | None, seed: int, options: Option
     values = dict(baseline or {})
     method = values.pop("baseline", None)
     if method not in REGISTRY:
-        given = f"{method!r} is not a baseline" if method else "no baseline is chosen"
+        given = f"{method!r} is not a baseline" if method else "no known baseline is chosen"
         raise ValueError(f"baseline: {given}. Choose one of: {', '.join(REGISTRY)}.")
     try:
         settings = REGISTRY[method].settings(**values)

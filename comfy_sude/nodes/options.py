@@ -57,7 +57,7 @@ class SuDeTrainingOptions(io.ComfyNode):
         settings = dict(prior or {})
         kind = settings.pop("prior", None)
         if kind is None:
-            raise ValueError("prior: none is chosen. Choose one of: class images, distillation, off.")
+            raise ValueError("prior: no known prior is chosen. Choose one of: class images, distillation, off.")
         options = Options(prior=Prior(kind=kind, **settings), **values)
         check_values(options)
         check_values(options.prior)
