@@ -9,7 +9,7 @@ import comfy.utils
 
 TEXT_INTERVAL = 0.5  # seconds between two text lines
 LOG_INTERVAL = 15.0  # seconds between two log lines
-SILENCE = 1.5  # seconds after which the text is sent again, so that nobody takes a slow step for the end
+SILENCE = 1.0  # seconds after which the text is sent again, so that nobody takes a slow step for the end
 
 
 class Progress:
