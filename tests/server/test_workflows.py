@@ -277,7 +277,8 @@ def test_the_quick_starts_file_runs_with_comfy_run(
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((server.base / "output" / "by_comfy_run").glob("*.png"))) == 2
+    saved = sorted(path.name.split("_")[0] for path in (server.base / "output" / "by_comfy_run").glob("*.png"))
+    assert saved == ["with"] * 4 + ["without"] * 4
 
 
 # --- While it runs ---------------------------------------------------------------------------------------------------

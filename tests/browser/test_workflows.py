@@ -1,0 +1,187 @@
+"""The shipped workflow files in the real frontend: dropped on the page, loaded whole, changed, queued, looked at."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page
+from safetensors.numpy import load_file, save_file
+
+from bench.comfy_client import ComfyClient
+from bench.comfy_server import PACK, ComfyServer, link
+
+REPO = Path(__file__).resolve().parents[2]
+WORKFLOWS = REPO / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+NODES = ("SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt")
+FRONTEND_ONLY = {"MarkdownNote"}
+
+# The desktop's drop: the browser's own events with a DataTransfer that holds the file.
+DROP = """([name, text]) => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([text], name, { type: "application/json" }));
+    const canvas = document.querySelector("#graph-canvas");
+    const box = canvas.getBoundingClientRect();
+    const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
+    for (const kind of ["dragenter", "dragover", "drop"])
+        canvas.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer, ...at }));
+}"""
+
+# What typing into a widget does: its value, then its callback.
+TYPE = """([node, name, value]) => {
+    const widget = app.graph.getNodeById(node).widgets.find((widget) => widget.name === name);
+    widget.value = value;
+    widget.callback?.(value, app.canvas, app.graph.getNodeById(node));
+}"""
+
+IDLE = """async () => {
+    const queue = await (await fetch("/queue")).json();
+    return queue.queue_running.length + queue.queue_pending.length === 0;
+}"""
+
+# Everything in view, large enough for the canvas to draw its letters.
+SHOW_ALL = """() => {
+    app.canvas.ds.scale = 0.62;
+    app.canvas.ds.offset = [165, 243];
+    app.canvas.setDirty(true, true);
+}"""
+
+
+@pytest.fixture(scope="module")
+def furnished(server: ComfyServer, checkpoint) -> str:
+    """The files that the workflows name: pictures, and the mini world or a small random checkpoint in its place."""
+    folder = server.base / "models" / "checkpoints"
+    mini = folder / "miniworld.safetensors"
+    if mini.is_symlink() or mini.exists():
+        mini.unlink()
+    if (REPO / "bench" / "miniworld" / "miniworld.safetensors").is_file():
+        from bench.demo import CHECKPOINT
+        from bench.miniworld.expand import expand
+
+        link(expand(CHECKPOINT), mini)
+    else:
+        save_file(load_file(folder / checkpoint("small")), mini, {"modelspec.resolution": "64x64"})
+    link(mini, folder / "v1-5-pruned-emaonly-fp16.safetensors")
+    for name in ("spike.png", "example.png"):
+        shutil.copy(WORKFLOWS / "spike.png", server.base / "input" / name)
+    return mini.name
+
+
+@pytest.fixture
+def wide(page: Page) -> Page:
+    """A page as large as a usual screen."""
+    page.set_viewport_size({"width": 1920, "height": 1080})
+    return page
+
+
+def drop(page: Page, name: str) -> dict:
+    """Drop a shipped file on the page; returns what is in it."""
+    text = (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+    workflow = json.loads(text)
+    page.evaluate("app.graph.clear()")
+    page.evaluate(DROP, [f"{name}.json", text])
+    page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
+    page.wait_for_timeout(1000)  # dialogs about what is missing come after the graph
+    return workflow
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dropped_file_is_loaded_whole(wide: Page, furnished: str, name: str):
+    wide.reload(wait_until="domcontentloaded")  # so that the page knows the pictures and checkpoints of `furnished`
+    wide.wait_for_function("window.LiteGraph?.registered_node_types.SuDeFineTune && !!window.app?.graph")
+    wide.errors.clear()
+    workflow = drop(wide, name)
+    now = {node["id"]: node for node in wide.evaluate("app.graph.serialize()")["nodes"]}
+    for node in workflow["nodes"]:
+        assert now[node["id"]]["type"] == node["type"]
+        assert now[node["id"]].get("widgets_values") == node.get("widgets_values"), node["title"]
+    assert wide.evaluate("app.graph.serialize().links.length") == len(workflow["links"])
+    assert wide.evaluate("app.graph.serialize().groups.length") == len(workflow["groups"])
+    registered = set(wide.evaluate("Object.keys(LiteGraph.registered_node_types)"))
+    assert {node["type"] for node in workflow["nodes"]} <= registered
+    assert "missing" not in wide.inner_text("body").lower()
+    assert not [error for error in wide.errors if "Failed to load resource" not in error], wide.errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_page_queues_is_the_shipped_api_file(wide: Page, furnished: str, name: str):
+    drop(wide, name)
+    queued = wide.evaluate("(async () => (await app.graphToPrompt()).output)()")
+    assert queued == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_lies_on_another_and_groups_hold_their_nodes(name: str):
+    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    boxes = {}
+    for node in workflow["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        boxes[node["title"]] = (x, y - 30, x + width, y + height)  # the title bar stands above
+    titles = sorted(boxes)
+    for index, first in enumerate(titles):
+        for second in titles[index + 1 :]:
+            a, b = boxes[first], boxes[second]
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], f"{first} lies on {second}"
+    groups = [group["bounding"] for group in workflow["groups"]]
+    for node in workflow["nodes"]:
+        x, y, right, bottom = boxes[node["title"]]
+        inside = [g for g in groups if g[0] <= x and g[1] <= y and right <= g[0] + g[2] and bottom <= g[1] + g[3]]
+        assert len(inside) == (0 if node["type"] in FRONTEND_ONLY else 1), node["title"]
+
+
+def test_the_quick_start_is_queued_and_shows_what_it_made(
+    wide: Page, client: ComfyClient, furnished: str, tmp_path: Path
+):
+    workflow = drop(wide, "quickstart")
+    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+    for node, kind in kinds.items():
+        quick = {
+            "SuDeFineTune": {"baseline.steps": 3},
+            "SuDeTrainingOptions": {"prior.number": 2, "prior.steps": 2},
+            "KSampler": {"steps": 2},
+            "EmptyLatentImage": {"batch_size": 2},
+        }
+        for name, value in quick.get(kind, {}).items():
+            wide.evaluate(TYPE, [node, name, value])
+    before = set(client.get("/history"))
+    wide.get_by_test_id("queue-button").click()
+    wide.wait_for_timeout(1000)
+    wide.wait_for_function(IDLE, timeout=600_000)
+    (done,) = set(client.get("/history")) - before
+    assert client.history(done)["status"]["status_str"] == "success", client.history(done)["status"]
+
+    pictures = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
+    text = "id => String(app.graph.getNodeById(id).widgets.find(w => w.name === '$$node-text-preview')?.value ?? '')"
+    for node, kind in kinds.items():
+        if kind in ("SuDeFineTune", "SaveImage"):
+            wide.wait_for_function(f"id => ({pictures})(id).length > 0 && ({pictures})(id)[0][0] > 0", arg=node)
+            expected = [[900, 590]] if kind == "SuDeFineTune" else [[64, 64]] * 2
+            assert wide.evaluate(pictures, node) == expected
+        if kind == "SuDeFineTune":
+            assert "3 steps" in wide.evaluate(text, node)
+    wide.evaluate(SHOW_ALL)
+    wide.wait_for_timeout(1000)
+    wide.screenshot(path=tmp_path / "quickstart.png")
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_nodes_help_opens_beside_it(wide: Page, furnished: str, tmp_path: Path, node: str):
+    drop(wide, "quickstart")
+    wide.evaluate("kind => app.canvas.selectNode(app.graph.nodes.find((node) => node.type === kind))", node)
+    wide.get_by_test_id("info-button").click()
+    page = (REPO / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+    heading = [line[3:] for line in page.splitlines() if line.startswith("## ")][-1]
+    wide.get_by_role("heading", name=heading, exact=True).wait_for()
+    wide.get_by_role("heading", name="Common mistakes", exact=True).wait_for()
+    wide.screenshot(path=tmp_path / f"{node}.png")
+
+
+def test_the_help_has_a_page_for_every_node_in_its_place(client: ComfyClient):
+    for node in NODES:
+        status, body = client.request("GET", f"/extensions/{PACK}/docs/{node}.md")
+        assert status == 200 and body.decode("utf-8").startswith("# SuDe ")
+        info = client.object_info(node)[node]["input"]
+        for group in ("required", "optional"):
+            for name in info.get(group, {}):
+                assert f"**{name}**" in body.decode("utf-8"), f"{node}.md does not explain {name}"
