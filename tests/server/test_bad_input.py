@@ -139,7 +139,7 @@ def test_a_wrong_value_is_named(client: ComfyClient, mistake: str):
 
 
 OPTIONS = {
-    "an unknown prior": ({"prior": "magic"}, "4", ["prior", "no known prior is chosen", "class images, distillation, off"]),
+    "an unknown prior": ({"prior": "magic"}, "4", ["prior", "no known prior is chosen", "class images, distillation"]),
     "no prior": ({"prior": None}, "4", ["prior"]),
     "a resolution that is too small": ({"resolution": 32}, TRAINER, ["resolution is 32", "multiple of 8 from 64 on"]),
     "a resolution between two cells": ({"resolution": 100}, TRAINER, ["resolution is 100", "multiple of 8"]),
