@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import captions, sude
-from .baselines import Baseline
+from .baselines.base import Baseline, Networks
 from .data import Generators, Latents
 from .diffusion import NoiseProcess
 from .recipe import Options
@@ -80,6 +80,8 @@ class Trainer:
         self.on, self.example, self.class_images = predictors, example, class_images
         self.generators = Generators(recipe.seed)
         groups = baseline.prepare(self.generators.init)
+        if AUTOCAST[recipe.options.precision] is not None:
+            store_frozen(baseline.networks, AUTOCAST[recipe.options.precision])
         self.optimizer = make_optimizer(groups, recipe.baseline.learning_rate, recipe.options)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(predictors.device.type, enabled=recipe.options.precision == "fp16")
@@ -234,6 +236,13 @@ class Trainer:
         if self.recipe.baseline.w_s > 0:
             line += f" · gate {log.recent('gate'):.0%} open"
         return f"{line} · {log.steps / max(log.seconds, 1e-9):.2f} steps/s"
+
+
+def store_frozen(networks: Networks, dtype: torch.dtype) -> None:
+    """Keep the matrices that do not train in the type autocast would cast them to at every use anyway."""
+    for module in (*networks.unet.modules(), *networks.text_encoder.modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def make_optimizer(groups: list[dict], learning_rate: float, options: Options) -> torch.optim.Optimizer:

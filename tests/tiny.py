@@ -1,6 +1,6 @@
-"""Small checkpoints with random weights, in the formats ComfyUI's CheckpointLoaderSimple recognises, made in seconds.
+"""Small checkpoints with random weights, in the formats ComfyUI's checkpoint loader recognises, made in seconds.
 
-ComfyUI must be importable and its arguments parsed (see tests/comfy/conftest.py and `python -m tests.tiny` for servers).
+ComfyUI must be importable and its arguments parsed, see tests/comfy/conftest.py.
 """
 
 import sys
@@ -19,10 +19,11 @@ SHAPES = {
     # SD2.1-v is told from SD2 by the 12th output block's norm
     "sd21v": {"context_dim": 1024, "channel_mult": [1, 1, 1, 1], "num_res_blocks": [2, 2, 2, 2],
               "transformer_depth": [1] + [0] * 7, "transformer_depth_output": [1] + [0] * 11,
-              "transformer_depth_middle": -2, "use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 64},
+              "transformer_depth_middle": -2, "use_linear_in_transformer": True,
+              "num_heads": -1, "num_head_channels": 64},
     # the SDXL family (KOALA)
-    "sdxl": {"context_dim": 2048, "channel_mult": [1, 1, 1], "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 2, 5],
-             "transformer_depth_output": [0] * 6, "transformer_depth_middle": -2, "use_linear_in_transformer": True,
+    "sdxl": {"context_dim": 2048, "channel_mult": [1, 1, 1], "num_res_blocks": [1, 1, 1],
+             "transformer_depth": [0, 2, 5], "transformer_depth_output": [0] * 6, "transformer_depth_middle": -2, "use_linear_in_transformer": True,
              "num_heads": -1, "num_head_channels": 64, "adm_in_channels": 2816, "num_classes": "sequential"},
 }  # fmt: skip
 

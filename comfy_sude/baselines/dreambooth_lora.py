@@ -32,7 +32,7 @@ class DreamBoothLoRASettings(DreamBoothSettings):
 class LowRank(nn.Module):
     """y = linear(x) + alpha / rank * up(down(x)), added to an existing linear layer by a forward hook.
 
-    `down` is [rank, in] with Kaiming-uniform values, `up` is [out, rank] and zero, so training starts at the base model.
+    `down` is [rank, in], Kaiming uniform; `up` is [out, rank], zero, so training starts at the base model.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, init: torch.Generator):

@@ -38,7 +38,7 @@ def check_supported(model) -> NoiseProcess:
     channels = model.model.model_config.unet_config.get("in_channels")
     if family not in FAMILIES:
         raise ValueError(
-            f"model is of the family {family}, which SuDe Fine-Tune does not train yet: load an SD1.x or SD2.x checkpoint."
+            f"model is of the family {family}, which SuDe Fine-Tune does not train yet: load an SD1.x or SD2.x one."
         )
     if channels != 4:
         raise ValueError(
@@ -77,7 +77,7 @@ def checkpoint_name(model) -> str:
 
 
 def identity(model, clip, vae) -> str:
-    """Hash of what MODEL, CLIP and VAE are: every weight and every patch on it. Equal models hash equal in any process."""
+    """Hash of what MODEL, CLIP and VAE are: every weight and every patch on it; the same in any process."""
     digest = hashlib.sha256()
     for patcher in (model, clip.patcher, vae.patcher):
         weights = patcher.get_key_patches() if patcher is not vae.patcher else {}
@@ -106,7 +106,7 @@ def _tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def current_weight(patcher, key: str, device="cpu") -> Tensor:
-    """One weight of a MODEL's or CLIP's patcher as it acts: fp32, dequantized, upstream patches baked in, a fresh copy."""
+    """One weight of a MODEL's or CLIP's patcher as it acts, a fresh copy: fp32, dequantized, upstream patches baked in."""
     weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     if key in patcher.backup:  # the shared module is patched in place for some clone: the original is in the backup
         weight = patcher.backup[key].weight
@@ -120,6 +120,7 @@ def current_weight(patcher, key: str, device="cpu") -> Tensor:
     return weight.clone()
 
 
+@torch.inference_mode(False)
 def build_unet(model, device="cpu"):
     """A ComfyUI BaseModel of ordinary fp32 parameters, all frozen, that predicts exactly as the incoming MODEL does."""
     source = model.model
@@ -138,7 +139,7 @@ def build_unet(model, device="cpu"):
 
 
 def checkpoint_blocks(unet: nn.Module) -> None:
-    """Recompute every transformer block of an own UNet in the backward pass (exact gradients, no stored activations)."""
+    """Recompute every transformer block of an own UNet in the backward pass: exact gradients, fewer activations."""
     for block in unet.modules():
         if isinstance(block, BasicTransformerBlock):
             block.forward = _Recompute(block.forward)
@@ -190,8 +191,8 @@ def apply_subject(model, clip, subject, strength_model: float = 1.0, strength_cl
         wrong = [k for k in patches if k not in accepted or _shape(subject.tensors[network, k]) != weights[k].shape]
         if wrong:
             raise ValueError(
-                f"subject does not fit this {network}: {len(wrong)} of its {len(patches)} weights are unknown to it or of "
-                f"another shape (first: {wrong[0]}). Use a checkpoint of the family it was trained on."
+                f"subject does not fit this {network}: {len(wrong)} of its {len(patches)} weights are unknown to it or "
+                f"of another shape (first: {wrong[0]}). Use a checkpoint of the family it was trained on."
             )
         patched.append(clone)
     return tuple(patched)

@@ -23,8 +23,8 @@ def check_captions(clip, model, captions: list[str]) -> None:
     ]
     if widths != [width]:
         raise ValueError(
-            f"clip is not this model's text encoder (width {widths or 'unknown'}, the model reads {width}): take MODEL and "
-            "CLIP from the same checkpoint."
+            f"clip is not this model's text encoder (width {widths or 'unknown'}, the model reads {width}): take MODEL "
+            "and CLIP from the same checkpoint."
         )
     for caption in captions:
         tokens = clip.tokenize(caption)
@@ -34,6 +34,7 @@ def check_captions(clip, model, captions: list[str]) -> None:
             )
 
 
+@torch.inference_mode(False)
 def build_text_encoder(clip, device="cpu") -> nn.Module:
     """A copy of a CLIP's text model: ordinary fp32 parameters, all frozen, upstream patches baked in, trainable layers.
 
@@ -49,7 +50,16 @@ def build_text_encoder(clip, device="cpu") -> nn.Module:
     for module in model.modules():
         if isinstance(module, CLIPLayer):
             module.forward = types.MethodType(_forward_out_of_place, module)
+    for _, part in _parts(model):
+        _leave_out(part, "logit_scale")
+        _leave_out(part.transformer.text_projection, "weight")
     return model
+
+
+def _leave_out(module: nn.Module, name: str) -> None:
+    """Make a parameter no encoding depends on a plain zero: SD1 checkpoints lack these, so the CLIP's hold anything."""
+    parameter = module._parameters.pop(name)
+    module.register_buffer(name, torch.zeros_like(parameter), persistent=False)
 
 
 def _parts(source: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,0 +1,61 @@
+"""What the in-process tests share: recipes of a few steps, a silent report, sampling with the stock nodes."""
+
+import torch
+
+from comfy_sude.baselines import REGISTRY
+from comfy_sude.recipe import Options, Prior, Recipe
+
+
+class Silent:
+    """A report that remembers its phases and can act at a step."""
+
+    def __init__(self, at_step=None):
+        self.phases: list[str] = []
+        self.steps: list[int] = []
+        self.at_step = at_step
+
+    def phase(self, name: str, total: int) -> None:
+        """Remember the phase."""
+        self.phases.append(name)
+
+    def step(self, done: int, line: str) -> None:
+        """Remember the step, then let the test act."""
+        self.steps.append(done)
+        if self.at_step and self.phases[-1] == "training":
+            self.at_step(done)
+
+
+def recipe(
+    method: str = "DreamBooth", seed: int = 0, category: str = "dog", prior: Prior | None = None, **values
+) -> Recipe:
+    """A recipe of three steps on 64 px; `values` go to the baseline's settings or the options."""
+    settings = {"steps": 3, "learning_rate": 1e-4}
+    options = {"resolution": 64, "gradient_checkpointing": False, "prior": prior or Prior(number=2, steps=2, cfg=2.0)}
+    names = REGISTRY[method].settings.__dataclass_fields__
+    for name, value in values.items():
+        (settings if name in names else options)[name] = value
+    return Recipe(category, method, REGISTRY[method].settings(**settings), Options(**options), seed)
+
+
+def train(models, picture, cache, recipe, report=None, class_images=None):
+    """`fine_tune` as the node calls it."""
+    from comfy_sude.finetune import fine_tune
+
+    return fine_tune(*models, picture, recipe, report or Silent(), cache, class_images)
+
+
+def sample(model, clip, text: str = "photo of a sks dog", seed: int = 1, steps: int = 2) -> torch.Tensor:
+    """Latents from the stock CLIP Text Encode and KSampler nodes."""
+    import nodes
+
+    positive, negative = (nodes.CLIPTextEncode().encode(clip, prompt)[0] for prompt in (text, ""))
+    empty = nodes.EmptyLatentImage().generate(64, 64, 1)[0]
+    return nodes.KSampler().sample(model, seed, steps, 5.0, "euler", "normal", positive, negative, empty)[0]["samples"]
+
+
+def predictions(model, context, x, sigma):
+    """What a MODEL predicts in the graph (x0), patches applied."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    return model.model.apply_model(x, sigma, c_crossattn=context)
