@@ -21,10 +21,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--device", default="auto", help="auto, cpu or cuda")
     one.add_argument("--work", type=Path, default=Path(".work/miniworld/build"), help="scratch folder, resumed from")
     one.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the two weight files go")
-    one = commands.add_parser("judge", help="sample every caption with ComfyUI and print what the judge finds")
+    one = commands.add_parser("judge", help="sample every caption and print what the judge finds")
     one.add_argument("--comfyui", type=Path, help="ComfyUI's folder (or COMFYUI_PATH)")
-    one.add_argument("--checkpoint", type=Path, help="a full checkpoint; without it the shipped one is expanded")
+    one.add_argument("--quick", action="store_true", help="without ComfyUI: this package's own sampler, much faster")
+    one.add_argument("--source", type=Path, default=NARROW_FILE, help="the narrow file")
     one.add_argument("--seeds", type=int, default=8)
+    one.add_argument("--identifiers", nargs="*", default=[], help="also with these names, such as sks")
     one.add_argument("--out", type=Path, default=Path(__file__).parent, help="where results.json and grid.png go")
     return parser
 
@@ -40,13 +42,19 @@ def main(argv: list[str] | None = None) -> None:
 
         build(arguments.minutes, arguments.device, arguments.work, arguments.out)
     else:
-        from .measure import as_text, measure
+        from .judge import load_judge
+        from .measure import Painter, QuickPainter, as_text, measure
 
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = arguments.checkpoint or expand(Path(folder) / "miniworld_full.safetensors")
-            results = measure(checkpoint, arguments.comfyui, arguments.seeds, arguments.out)
-        for name in ("plain", "with_identifier"):
-            print(f"\n{name}\n{as_text(results[name])}")
+            if arguments.quick:
+                paint, name = QuickPainter(arguments.source), "results_quick"
+            else:
+                checkpoint = expand(Path(folder) / "miniworld_full.safetensors", arguments.source)
+                paint, name = Painter(checkpoint, arguments.comfyui), "results"
+            identifiers = tuple(dict.fromkeys(("", *arguments.identifiers)))
+            results = measure(paint, load_judge(), arguments.seeds, identifiers, arguments.out, name)
+        for identifier, scores in results["scores"].items():
+            print(f"\nphoto of a {identifier or '-'} ...\n{as_text(scores)}")
 
 
 if __name__ == "__main__":

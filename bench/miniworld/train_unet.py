@@ -25,11 +25,11 @@ from .train_vae import HELD_OUT
 from .unet import UNet
 from .world import ATTRIBUTES, CATEGORIES, prompt
 
-BATCH = 64
-RATE, WARMUP, FLAT = 8e-4, 150, 0.35  # AdamW; constant until 35 % of the time, then a cosine to 2 %
-EMA = 0.999
+BATCH = 32  # the fewer pictures there is time for, the smaller; 64 where a GPU makes steps cheap
+RATE, WARMUP, FLAT = 7e-4, 150, 0.35  # AdamW; constant until 35 % of the time, then a cosine to 2 %
+EMA, EMA_EVERY = 0.999, 4  # decay a step; steps between updates
 NO_CAPTION, NO_ATTRIBUTE, IDENTIFIER = 0.12, 0.5, 0.5  # shares of captions emptied, without attribute, with a filler
-WORD_SHARE, WORD_PERIOD, WORD_RATE = 1 / 3, 24, 1.5e-2  # of the time words learn; steps a period; Adam's rate
+WORD_SHARE, WORD_PERIOD, WORD_RATE = 1 / 3, 40, 1.5e-2  # of the time words learn; steps a period; Adam's rate
 PER_CATEGORY = 1 + len(ATTRIBUTES)
 BLOCK = len(CATEGORIES) * PER_CATEGORY  # captions of one identifier
 log = logging.getLogger(__name__)
@@ -161,7 +161,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, done, peak, flat)
         chosen = torch.randint(len(latents), (BATCH,))
-        index, z = words.draw(labels[chosen]).to(device), latents[chosen].to(device)
+        index, order = words.draw(labels[chosen]).sort()  # so that the shares have different captions to read
+        index, z = index.to(device), latents[chosen[order]].to(device)
         t = torch.randint(STEPS, (BATCH,), device=device)
         with torch.no_grad():
             torch._foreach_copy_(half_parameters, parameters)
@@ -174,12 +175,13 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
-        with torch.no_grad():
-            keep = min(EMA, (1 + step) / (10 + step))
-            torch._foreach_lerp_(averages, parameters, 1 - keep)
+        if step % EMA_EVERY == 0:
+            keep = min(EMA, (1 + step) / (10 + step)) ** EMA_EVERY
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, parameters, 1 - keep)
         total.append((weighted.item(), plain.item()))
-        if step % 50 == 0:
-            means, speed = torch.tensor(total[-50:]).mean(0).tolist(), 50 * BATCH / (spent - marked)
+        if step % 100 == 0:
+            means, speed = torch.tensor(total[-100:]).mean(0).tolist(), 100 * BATCH / (spent - marked)
             log.info("unet step %d, %.0f s, %.0f/s, loss %.4f, mse %.4f", step, spent, speed, *means)
             marked = spent
         if spent - saved > 180:
