@@ -364,7 +364,13 @@ def choose(options: argparse.Namespace) -> tuple[Path, Path, str, Settings]:
 
 
 def write(
-    client: ComfyClient, flow: Workflow, result: Result, example: Image.Image, settings: Settings, to: Path
+    client: ComfyClient,
+    flow: Workflow,
+    result: Result,
+    example: Image.Image,
+    category: str,
+    settings: Settings,
+    to: Path,
 ) -> None:
     """Fetch the pictures and the chart and write the demo's files."""
 
@@ -375,7 +381,7 @@ def write(
         [[fetch(image) for image in result.images(flow.pictures[column, row])] for column in COLUMNS]
         for row in range(len(settings.rows))
     ]
-    labels = [" ".join(f"{attribute} … {context}".split()) for attribute, context in settings.rows]
+    labels = [" ".join(f"{attribute} {category} {context}".split()) for attribute, context in settings.rows]
     draw_grid(example, labels, cells, settings.seed).save(to / "grid.png")
     for image in result.images(flow.trainings[COLUMNS[-1]])[:1]:
         (to / "chart.png").write_bytes(client.view(image))
@@ -403,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
         if result.error:
             title = watcher.titles.get(result.error.node or "", "ComfyUI")
             raise DemoError(f"{title}: {result.error.message}")
-        write(client, flow, result, example, settings, options.output)
+        write(client, flow, result, example, category, settings, options.output)
     trainings = "; ".join(f"{column}: {watcher.figures(node)}" for column, node in flow.trainings.items())
     print(f"Wrote example.png, grid.png, chart.png and workflow_api.json to {options.output}")
     print(f"{settings.steps} steps each - {trainings} - all in {time.monotonic() - start:.0f} s")
