@@ -29,7 +29,7 @@ METADATA = {
     "modelspec.description": "A tiny text-to-image model of a drawn world: eight categories, eight attributes.",
     "modelspec.resolution": "64x64",
     "modelspec.prediction_type": "epsilon",
-    "modelspec.license": "MIT",
+    "modelspec.license": "Apache-2.0",
 }
 log = logging.getLogger(__name__)
 
