@@ -88,7 +88,7 @@ class Trainer:
         self.log = Log()
         self._fixed: dict[str, Tensor] = {}
         if self._uses_pretrained:
-            with torch.no_grad(), self.baseline.pretrained():
+            with torch.no_grad(), self._autocast(), self.baseline.pretrained():
                 for caption in (baseline.category_caption, captions.EMPTY):
                     self._fixed["pretrained " + caption] = predictors.encode([caption])[0].float().clone()
 

@@ -23,7 +23,8 @@ SHAPES = {
               "num_heads": -1, "num_head_channels": 64},
     # the SDXL family (KOALA)
     "sdxl": {"context_dim": 2048, "channel_mult": [1, 1, 1], "num_res_blocks": [1, 1, 1],
-             "transformer_depth": [0, 2, 5], "transformer_depth_output": [0] * 6, "transformer_depth_middle": -2, "use_linear_in_transformer": True,
+             "transformer_depth": [0, 2, 5], "transformer_depth_output": [0] * 6, "transformer_depth_middle": -2,
+             "use_linear_in_transformer": True,
              "num_heads": -1, "num_head_channels": 64, "adm_in_channels": 2816, "num_classes": "sequential"},
 }  # fmt: skip
 

@@ -106,7 +106,7 @@ def _tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def current_weight(patcher, key: str, device="cpu") -> Tensor:
-    """One weight of a MODEL's or CLIP's patcher as it acts, a fresh copy: fp32, dequantized, upstream patches baked in."""
+    """One weight of a MODEL's or CLIP's patcher as it acts: an fp32 copy, dequantized, upstream patches baked in."""
     weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     if key in patcher.backup:  # the shared module is patched in place for some clone: the original is in the backup
         weight = patcher.backup[key].weight

@@ -111,6 +111,17 @@ def test_distillation_and_pretrained_reference_start_from_the_incoming_model(mod
     assert subject.log.values["l_prior"][0] < 1e-9 < subject.log.values["l_prior"][1]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", list(REGISTRY))
+def test_half_precision_trains_close_to_fp32(models, picture, tmp_path, method, precision):
+    options = {"prior": Prior(kind="distillation"), "reference": "pretrained", "steps": 2}
+    full = train(models, picture, tmp_path, recipe(method, **options))
+    half = train(models, picture, tmp_path, recipe(method, precision=precision, **options))
+    assert half.log.values["l_sub"] == pytest.approx(full.log.values["l_sub"], rel=0.05)
+    assert half.log.values["l_sub"] != full.log.values["l_sub"]
+    assert all(part.dtype == torch.float32 for tensors in half.tensors.values() for part in tensors.values())
+
+
 def test_rgba_picture_is_composited_and_several_pictures_are_drawn_from(models, picture, tmp_path):
     alpha = torch.cat([picture, torch.zeros_like(picture[..., :1])], -1)
     white = train(models, torch.ones_like(picture), tmp_path, recipe(prior=OFF))
