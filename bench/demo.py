@@ -55,24 +55,21 @@ class Settings:
 MINI_WORLD = Settings(
     rows=(("running", ""), ("flying", ""), ("burning", ""), ("broken", ""), ("", "wearing a hat"), ("", "in the snow")),
     w_s=0.4,
-    steps=120,
-    learning_rate=1e-4,
+    steps=140,
+    learning_rate=3e-5,
     size=64,
-    sampler="euler",
-    scheduler="normal",
     sampling_steps=20,
     cfg=4.0,
     negative="",
     options={
         "resolution": 64,
-        "batch_size": 4,
+        "batch_size": 2,
         "gradient_checkpointing": False,
         "prior": "class images",
         "prior.number": 16,
         "prior.steps": 20,
-        "prior.cfg": 3.0,
+        "prior.cfg": 4.0,
         "prior.negative_prompt": "",
-        "prior.w_r": 1.0,
     },
 )
 # The paper's training and the released code's sampling, for a real Stable Diffusion checkpoint.

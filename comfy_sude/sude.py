@@ -102,7 +102,7 @@ def loss(a: Tensor, c: Tensor, u: Tensor, weight: Tensor, truncate: bool = True)
     gap = _mean((c - a.detach()) * (c - u))
     active = (gap > 0).float() if truncate else torch.ones_like(gap)
     # |a-c|^2 - |a-u|^2 written as a product: c-u is small, and subtracting two almost equal means would lose it
-    difference = _mean((u - c) * (2 * a - c - u))
+    difference = _mean((u - c) * ((a - c) + (a - u)))
     return SuDeTerm(active * weight.detach().float() * difference, active, gap)
 
 

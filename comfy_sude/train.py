@@ -157,16 +157,25 @@ class Trainer:
         if prior != "off":
             terms["l_prior"] = (p.float() - target_p).pow(2).mean()
         if self.recipe.baseline.w_s > 0:
-            c, u = self._category_and_empty(x_t, t, category, p.detach() if prior == "distillation" else None)
-            weight = sude.weight(process.alphas_cumprod, t, options.t0).to(device)
-            a, c, u = (process.to_noise(prediction.float(), x_t, t) for prediction in (a, c, u))
-            inherit = sude.loss(a, c, u, weight, options.truncation)
-            terms["l_sude"], terms["gate"], terms["gap"] = (
-                inherit.loss.mean(),
-                inherit.active.mean(),
-                inherit.gap.mean(),
-            )
+            known = None
+            if prior == "distillation":  # the prior pass already holds c: the same latents and caption
+                known = target_p if options.reference == "pretrained" else p.detach()
+            c, u = self._category_and_empty(x_t, t, category, known)
+            inherit = self._inherit(a, c, u, t)
+            terms |= {"l_sude": inherit.loss.mean(), "gate": inherit.active.mean(), "gap": inherit.gap.mean()}
         return terms
+
+    def _inherit(self, a: Tensor, c: Tensor, u: Tensor, t: Tensor) -> sude.SuDeTerm:
+        """The SuDe loss of raw predictions.
+
+        It reads only differences of noises, so the share of x_t, the same in all three, is left out: near zero terminal
+        SNR a v-model's differences would drown in it.
+        """
+        process = self.on.process
+        weight = sude.weight(process.alphas_cumprod, t, self.options.t0).to(self.on.device)
+        origin = torch.zeros_like(u, dtype=torch.float32)
+        noises = (process.to_noise(prediction.float(), origin, t) for prediction in (a, c, u))
+        return sude.loss(*noises, weight, self.options.truncation)
 
     def _noised(self, pictures: Latents) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and noise on the device and CPU timesteps, from this training's own generators."""
@@ -188,11 +197,12 @@ class Trainer:
     def _category_and_empty(
         self, x_t: Tensor, t: Tensor, category: Tensor | None, c: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """c and u without gradient; whatever this step already computed is used again."""
+        """c (unless given) and u without gradient; whatever this step already computed is used again."""
         category_caption = self.baseline.category_caption
         if self.options.reference == "pretrained":
-            both = self._reference([category_caption, captions.EMPTY], x_t, t)
-            return both.chunk(2)
+            wanted = [captions.EMPTY] if c is not None else [category_caption, captions.EMPTY]
+            predictions = self._reference(wanted, x_t, t).chunk(len(wanted))
+            return predictions if c is None else (c, *predictions)
         with torch.no_grad(), self._autocast():
             if not self.baseline.trains_text:
                 category, empty = self._encode_once(category_caption), self._encode_once(captions.EMPTY)

@@ -82,12 +82,22 @@ class Encoder:
         model.reset_clip_options()
         if clip.layer_idx is not None:
             model.set_clip_options({"layer": clip.layer_idx})
-        model.set_clip_options({"execution_device": device})
 
     def __call__(self, captions: list[str]) -> Tensor:
         """[N, 77, width] the encodings, differentiable with respect to the model's parameters."""
         ((_, part),) = _parts(self.model)
-        return part([self._ids(caption) for caption in captions])[0]
+        ids = torch.tensor([self._ids(caption) for caption in captions], device=self.device)
+        # one look-up for all captions: SDClipModel's own makes a gradient of the whole token table for each
+        embeddings = part.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
+        last, hidden, *_ = part.transformer(
+            None,
+            embeds=embeddings,
+            num_tokens=[ids.shape[1]] * len(captions),  # for the pooled output, which nothing here reads
+            intermediate_output=part.layer_idx,
+            final_layer_norm_intermediate=part.layer_norm_hidden_state,
+            dtype=torch.float32,
+        )
+        return (last if part.layer == "last" else hidden).float()
 
     def _ids(self, caption: str) -> list[int]:
         if caption not in self._tokens:

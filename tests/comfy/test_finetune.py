@@ -18,6 +18,7 @@ from .helpers import Silent, recipe, sample, train
 from .test_host_text import transformers_copy
 
 OFF = Prior(kind="off")
+pytestmark = pytest.mark.slow  # seconds each: a CLIP's token table alone has 38 million weights to update
 
 
 def tensors_equal(a, b) -> bool:

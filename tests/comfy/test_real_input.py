@@ -15,7 +15,10 @@ from .helpers import Silent, recipe, sample, train
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PHOTOGRAPHS = sorted((DATA / "dreambench").glob("*/00.jpg"))
-pytestmark = pytest.mark.skipif(not PHOTOGRAPHS, reason="no DreamBench photographs beside the project")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PHOTOGRAPHS, reason="no DreamBench photographs beside the project"),
+]
 
 
 def photograph(path: Path) -> torch.Tensor:

@@ -24,7 +24,7 @@ TRAINING = {
     "category": "dog",
     "baseline": "DreamBooth",
     "baseline.steps": 200,
-    "baseline.learning_rate": 5e-5,
+    "baseline.learning_rate": 3e-5,
     "training_seed": 0,
 }
 SAMPLING = {"seed": 7, "steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "normal"}
