@@ -63,6 +63,15 @@ def browser() -> Iterator[Browser]:
         started.close()
 
 
+# The frontend masks the page while it loads and removes the mask at the end of an animation. Where the page is ready
+# before the animation, that end never comes (frontend 1.47.12), and the mask, on its way out, keeps taking the clicks.
+UNBLOCK = """addEventListener("DOMContentLoaded", () => {
+    const style = document.createElement("style");
+    style.textContent = ".p-blockui-mask.p-overlay-mask-leave { display: none !important; }";
+    document.head.append(style);
+})"""
+
+
 @pytest.fixture
 def page(browser: Browser, server: ComfyServer, tmp_path: Path) -> Iterator[Page]:
     """A fresh tab with ComfyUI loaded and the pack's nodes registered; `page.errors` has uncaught errors and ours.
@@ -84,6 +93,7 @@ def page(browser: Browser, server: ComfyServer, tmp_path: Path) -> Iterator[Page
 
     tab.on("console", note)
     tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+    tab.add_init_script(UNBLOCK)
     tab.goto(server.address, wait_until="domcontentloaded")
     tab.wait_for_function(READY)
     yield tab
