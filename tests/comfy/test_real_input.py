@@ -52,7 +52,7 @@ def test_photograph_survives_the_way_to_latents_of_the_models_scale(taesd, model
         decoded = taesd.decode(latent_format.process_out(latents.mean[:, mirrored])).clamp(0, 1)
         expected = pixels.flip(2) if mirrored else pixels
         psnr = -10 * (decoded.cpu() - expected).square().mean().log10()
-        # TAESD's own limit at this size: 19.6 dB on the busiest of the ten; a mirrored or rescaled one falls below 15
+        # TAESD's own limit at this size: 19.6 dB on the busiest of the ten photographs
         assert psnr > 18, "the autoencoder does not give the photograph back"
 
 
