@@ -90,14 +90,16 @@ def identity(model, clip, vae) -> str:
                 digest.update(tensor_hash(_tensors(value)).encode())
     digest.update(str(clip.layer_idx).encode())
     sampling = model.get_model_object("model_sampling")
-    digest.update(tensor_hash([(type(sampling).__mro__[2].__name__, sampling.sigmas)]).encode())
+    digest.update(tensor_hash([(" ".join(base.__name__ for base in type(sampling).__mro__), sampling.sigmas)]).encode())
     return digest.hexdigest()
 
 
 def _tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor inside a patch, however it is nested."""
+    """Every tensor and number inside a patch, however it is nested."""
     if isinstance(value, Tensor):
         yield name, value
+    elif isinstance(value, int | float):
+        yield name, torch.tensor(float(value))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _tensors(item, f"{name}.{index}")

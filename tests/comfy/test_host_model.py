@@ -190,3 +190,17 @@ def test_sd2_v_model_copies_exactly_and_counts_as_v_prediction(load):
     v = predict(build_unet(model), x, t, context)
     alpha, noise_scale = process.signal(t, x)
     assert torch.allclose(x0, alpha * x - noise_scale * v, atol=1e-4)
+
+
+def test_class_images_of_an_eps_and_a_v_model_are_told_apart(models):
+    import comfy.model_sampling
+
+    from comfy_sude.host.model import identity
+
+    class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    model, clip, vae = models
+    velocity = model.clone()
+    velocity.add_object_patch("model_sampling", Velocity(model.model.model_config))
+    assert len({identity(one, clip, vae) for one in (model, model.clone(), velocity, with_lora(model))}) == 3
