@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Store:
         try:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
-        except Exception:  # safetensors raises its own exception type for a truncated or foreign file
+        except SafetensorError:  # truncated, bit-flipped in its header or foreign; never for a passing read error
             path.unlink(missing_ok=True)
             return None
 
