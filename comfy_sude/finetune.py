@@ -56,9 +56,8 @@ def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, clas
             example, prior_latents = _ordinary(example), _ordinary(prior_latents)
             return _train(model, clip, process, recipe, example, prior_latents, side, report)
     except BaseException as error:
-        traceback.clear_frames(
-            error.__traceback__
-        )  # else the copies and optimizer live as long as the error is handled
+        # else the copies and the optimizer live for as long as the error is handled
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
         gc.collect()
@@ -104,7 +103,8 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, side: i
     device = model.load_device
     base = host_model.build_unet(model)
     text_encoder = text.build_text_encoder(clip)
-    frozen = host_model.build_unet(model) if needs_frozen_copy(recipe) else None
+    needs_copy = recipe.uses_pretrained and not REGISTRY[recipe.method].switches_off
+    frozen = host_model.build_unet(model) if needs_copy else None
     if recipe.options.gradient_checkpointing:
         host_model.checkpoint_blocks(base.diffusion_model)
     baseline = REGISTRY[recipe.method](recipe, Networks(base.diffusion_model, text_encoder))
@@ -132,13 +132,6 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, side: i
         "resolution": side,
     }
     return Subject(tensors, metadata, log)
-
-
-def needs_frozen_copy(recipe: Recipe) -> bool:
-    """Whether pretrained predictions are asked for that the baseline cannot give by switching itself off."""
-    distils = recipe.options.prior.kind == "distillation" and recipe.options.prior.w_r > 0
-    references = recipe.options.reference == "pretrained" and recipe.baseline.w_s > 0
-    return (distils or references) and not REGISTRY[recipe.method].switches_off
 
 
 def _differences(model, clip, baseline):

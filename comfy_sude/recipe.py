@@ -135,6 +135,12 @@ class Recipe:
     options: Options = field(default_factory=Options)
     seed: int = 0
 
+    @property
+    def uses_pretrained(self) -> bool:
+        """Whether a step asks for predictions of the networks as they came in."""
+        distils = self.options.prior.kind == "distillation" and self.options.prior.w_r > 0
+        return distils or (self.options.reference == "pretrained" and self.baseline.w_s > 0)
+
     def as_dict(self) -> dict:
         """Nested plain values, for metadata and hashing."""
         return dataclasses.asdict(self)

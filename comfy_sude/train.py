@@ -87,7 +87,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(predictors.device.type, enabled=recipe.options.precision == "fp16")
         self.log = Log()
         self._fixed: dict[str, Tensor] = {}
-        if self._uses_pretrained:
+        if recipe.uses_pretrained:
             with torch.no_grad(), self._autocast(), self.baseline.pretrained():
                 for caption in (baseline.category_caption, captions.EMPTY):
                     self._fixed["pretrained " + caption] = predictors.encode([caption])[0].float().clone()
@@ -230,11 +230,6 @@ class Trainer:
             with torch.no_grad(), self._autocast():
                 self._fixed[caption] = self.on.encode([caption]).float()
         return self._fixed[caption]
-
-    @property
-    def _uses_pretrained(self) -> bool:
-        distils = self.options.prior.kind == "distillation" and self.options.prior.w_r > 0
-        return distils or (self.options.reference == "pretrained" and self.recipe.baseline.w_s > 0)
 
     def _autocast(self):
         dtype = AUTOCAST[self.options.precision]
