@@ -4,6 +4,8 @@ Source: released code, personalized.py:10-22 ("photo of a sks {class}", no leadi
 stands before the identifier ("photo of a running sks dog", main.sh:11).
 """
 
+import re
+
 TEMPLATE = "photo of a {}"
 EMPTY = ""  # the caption of the unconditional prediction u. Source: ddpm.py:1032 (never the negative prompt)
 
@@ -30,6 +32,37 @@ def prompt(category: str, identifier: str = "", attribute: str = "", context: st
     'photo of a running sks dog on the beach'
     """
     return normalize(TEMPLATE.format(" ".join([attribute, identifier, category, context])))
+
+
+def pattern(placeholder: str) -> re.Pattern:
+    """Finds a placeholder in a text, in any case: "<new1>" anywhere, "sks" only where it is a word of its own.
+
+    Never inside the name of an `embedding:` file.
+    """
+    start = r"(?<!\w)" if placeholder[:1].isalnum() else ""
+    end = r"(?!\w)" if placeholder[-1:].isalnum() else ""
+    return re.compile(rf"(?<!embedding:){start}{re.escape(placeholder)}{end}", re.IGNORECASE)
+
+
+def holds(text: str, placeholder: str) -> bool:
+    """Whether a placeholder occurs in a text."""
+    return pattern(placeholder).search(text) is not None
+
+
+def check_placeholder(placeholder: str, texts: list[str]) -> None:
+    """Raises ValueError if a new word could be taken for something else in prompts, or occurs in one of the texts."""
+    forbidden = sorted(set(placeholder) & set(" ()[]{}|\\:"))
+    if forbidden:
+        raise ValueError(
+            f"identifier {placeholder!r} holds {''.join(forbidden)!r}, which prompts use for other things: take one "
+            "word such as <new1>."
+        )
+    for text in texts:
+        if holds(text, placeholder):
+            raise ValueError(
+                f"identifier {placeholder!r} is a word of the training caption {text!r}: take one that no prompt "
+                "has, such as <new1>."
+            )
 
 
 def check(category: str, identifier: str) -> tuple[str, str]:

@@ -59,30 +59,66 @@ def to_square(pixels: Tensor, side: int, fit: str = "center crop") -> Tensor:
 
 
 @dataclass(frozen=True)
+class Views:
+    """Square pictures to train on, and what a baseline knows of each.
+
+    Attributes:
+        pixels: [N, side, side, 3] in [0, 1].
+        prefixes: words before each one's caption; none if there are none.
+        masks: [N, h, w] on the latent grid, 1 where the subject's picture is; None if it fills every view.
+        weights: how often each is drawn, relative to the others; None if equally often.
+    """
+
+    pixels: Tensor
+    prefixes: tuple[str, ...] = ()
+    masks: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Latents:
     """Posteriors of N pictures, as they are and mirrored, in model scale.
 
     Attributes:
         mean: [N, 2, C, h, w], index 1 of the second axis is the mirror image.
         std: like mean, or None for an autoencoder without a posterior (TAESD).
+        views: what they were made from, for baselines that augment.
     """
 
     mean: Tensor
     std: Tensor | None = None
+    views: Views | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
 
-    def draw(self, count: int, flip: bool, sample: bool, generators: "Generators") -> Tensor:
-        """[count, C, h, w] latents: random pictures, mirrored with probability 1/2, sampled from their posterior."""
-        pick = torch.randint(len(self), (count,), generator=generators.crops)
+    def pick(self, count: int, flip: bool, generators: "Generators") -> tuple[Tensor, Tensor]:
+        """[count] indices of random pictures and [count] of 0 or, with probability 1/2 if `flip`, 1 for mirrored."""
+        weights = self.views.weights if self.views else None
+        if weights is None:
+            pick = torch.randint(len(self), (count,), generator=generators.crops)
+        else:
+            pick = torch.multinomial(weights, count, replacement=True, generator=generators.crops)
         mirrored = (
             torch.randint(2, (count,), generator=generators.crops) if flip else torch.zeros(count, dtype=torch.long)
         )
+        return pick, mirrored
+
+    def sample(self, pick: Tensor, mirrored: Tensor, sample: bool, generators: "Generators") -> Tensor:
+        """[count, C, h, w] the picked latents, sampled from their posterior or its mean."""
         z = self.mean[pick, mirrored]
         if sample and self.std is not None:
             z = z + self.std[pick, mirrored] * torch.randn(z.shape, generator=generators.posterior)
         return z
+
+    def draw(self, count: int, flip: bool, sample: bool, generators: "Generators") -> Tensor:
+        """[count, C, h, w] latents: random pictures, mirrored with probability 1/2, sampled from their posterior."""
+        return self.sample(*self.pick(count, flip, generators), sample, generators)
+
+
+def view_generator(seed: int) -> torch.Generator:
+    """The stream behind augmented views, which are drawn before the training's own streams begin."""
+    return torch.Generator("cpu").manual_seed((seed + 2**63) % 2**64)
 
 
 class Generators:

@@ -39,7 +39,7 @@ def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, clas
     """
     recipe = recipe.checked()
     process, side = check_inputs(model, clip, vae, recipe)
-    pixels = data.to_square(data.check_images(image, "image"), side, recipe.options.fit)
+    views = REGISTRY[recipe.method].views(recipe, data.check_images(image, "image"), side)
     if class_images is not None:
         class_images = data.check_images(class_images, "class_images")
     latent_format = model.get_model_object("latent_format")
@@ -50,10 +50,10 @@ def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, clas
             class_images = _class_images(model, clip, vae, recipe, side, report, cache)
         squares = data.to_square(class_images, side, recipe.options.fit)
         prior_latents = images.encode(vae, latent_format, squares, report, "encoding class images")
-    example = images.encode(vae, latent_format, pixels, report, "encoding the example")
+    example = images.encode(vae, latent_format, views.pixels, report, "encoding the example")
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            example, prior_latents = _ordinary(example), _ordinary(prior_latents)
+            example, prior_latents = _ordinary(example, views), _ordinary(prior_latents)
             return _train(model, clip, process, recipe, example, prior_latents, side, report)
     except BaseException as error:
         # else the copies and the optimizer live for as long as the error is handled
@@ -71,9 +71,10 @@ def check_inputs(model, clip, vae, recipe: Recipe):
         raise ValueError("clip is missing: this checkpoint has no text encoder, connect a CLIP loader.")
     images.check_vae(vae)
     process = host_model.check_supported(model)
-    text.check_captions(
-        clip, model, [captions.subject_caption(recipe.category, recipe.baseline.identifier), captions.EMPTY]
-    )
+    method = REGISTRY[recipe.method]
+    method.check(recipe, model.model.diffusion_model)
+    wanted = [caption for pair in method.all_captions(recipe) for caption in pair]
+    text.check_captions(clip, model, wanted, method.placeholder(recipe))
     return process, recipe.options.resolution or host_model.native_resolution(model)
 
 
@@ -107,13 +108,14 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, side: i
     frozen = host_model.build_unet(model) if needs_copy else None
     if recipe.options.gradient_checkpointing:
         host_model.checkpoint_blocks(base.diffusion_model)
-    baseline = REGISTRY[recipe.method](recipe, Networks(base.diffusion_model, text_encoder))
+    encoder = text.Encoder(clip, text_encoder, device)
+    baseline = REGISTRY[recipe.method](recipe, Networks(base.diffusion_model, text_encoder, encoder))
     copies = [base, text_encoder] + ([frozen] if frozen else [])
     with memory.Residence(copies, device, memory.estimate(baseline, example.mean.shape[-2:])):
         predictors = Predictors(
             process=process,
             predict=partial(host_model.predict, base),
-            encode=text.Encoder(clip, text_encoder, device),
+            encode=encoder,
             device=device,
             frozen=partial(host_model.predict, frozen) if frozen else None,
         )
@@ -126,10 +128,12 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, side: i
         "format": 1,
         "category": recipe.category,
         "identifier": recipe.baseline.identifier,
+        "subject": baseline.words(recipe),
         "method": recipe.method,
         "recipe": recipe.as_dict(),
         "checkpoint": host_model.checkpoint_name(model),
         "resolution": side,
+        **baseline.notes(),
     }
     return Subject(tensors, metadata, log)
 
@@ -138,7 +142,7 @@ def _differences(model, clip, baseline):
     """((network, weight name), tensors) of what changed, on the CPU; weights that did not change are left out."""
     patchers = {"model": (model, host_model.PREFIX), "clip": (clip.patcher, "")}
     for network, name, tensors in baseline.result():
-        patcher, prefix = patchers[network]
+        patcher, prefix = patchers.get(network, (None, ""))
         if "weight" in tensors:
             diff = tensors["weight"].to("cpu", torch.float32, copy=True)
             diff -= host_model.current_weight(patcher, prefix + name)
@@ -149,8 +153,11 @@ def _differences(model, clip, baseline):
             yield (network, prefix + name), on_cpu
 
 
-def _ordinary(latents: data.Latents | None) -> data.Latents | None:
-    """The same latents as tensors autograd may see."""
+def _ordinary(latents: data.Latents | None, views: data.Views | None = None) -> data.Latents | None:
+    """The same latents, of these views, as tensors autograd may see."""
     if latents is None:
         return None
-    return data.Latents(latents.mean.clone(), None if latents.std is None else latents.std.clone())
+    if views is not None:
+        known = (views.masks, views.weights)
+        views = data.Views(views.pixels[:0], views.prefixes, *(x if x is None else x.clone() for x in known))
+    return data.Latents(latents.mean.clone(), None if latents.std is None else latents.std.clone(), views)

@@ -8,6 +8,8 @@ modelscope/facechain); "diffusers" the DreamBooth example of huggingface/diffuse
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
 
 from . import captions
 from .sude import T0_MODES
@@ -29,24 +31,15 @@ def plain(default, help: str):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What every baseline asks for. A baseline's own file subclasses this with its published presets."""
-
-    w_s: float
-    steps: int
-    learning_rate: float
-    identifier: str
-
-
-@dataclass(frozen=True)
 class Prior:
     """Prior preservation: what keeps "photo of a dog" meaning any dog while one dog is learned."""
 
     kind: str = choice(
         "class images",
-        ("class images", "distillation", "off"),
-        "class images: pictures of the category drawn from the incoming model (released code). distillation: the "
-        "pretrained model's own prediction under the category caption (paper Eq. 14), no pictures but a frozen copy of "
+        ("preset", "class images", "distillation", "off"),
+        "preset: what the baseline was published with (DreamBooth 50 class images, Custom Diffusion 200, ViCo none). "
+        "class images: pictures of the category drawn from the incoming model. distillation: the pretrained model's "
+        "own prediction under the category caption (paper Eq. 14), no pictures but, with DreamBooth, a frozen copy of "
         "the UNet. off: none.",
     )
     w_r: float = numeric(
@@ -62,6 +55,24 @@ class Prior:
     sampler: str = plain("ddim", "ComfyUI sampler of the class images; DDIM with eta 0 as in the code.")
     scheduler: str = plain("ddim_uniform", "ComfyUI scheduler of the class images.")
     image_seed: int = numeric(7, 0, 2**64 - 1, 1, "Noise of the class images. Source: code.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every baseline asks for. A baseline's own file subclasses this with its published presets.
+
+    `PRIOR` and `BATCH_SIZE` stand for the options' "preset" and 0; a method that trains nothing class images could
+    preserve has no `TAKES_PRIOR`.
+    """
+
+    PRIOR: ClassVar[Prior] = Prior()
+    BATCH_SIZE: ClassVar[int] = 1
+    TAKES_PRIOR: ClassVar[bool] = True
+
+    w_s: float
+    steps: int
+    learning_rate: float
+    identifier: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,12 @@ class Options:
         "Side of the square example in pixels; 0 asks the checkpoint (512 px for SD1.x, 768 for SD2.x-v).",
     )
     batch_size: int = numeric(
-        1, 1, 4096, 1, "Subject samples per step, as many prior samples go with them. Source: code."
+        0,
+        0,
+        4096,
+        1,
+        "Subject samples per step; as many prior samples go with them. 0 is the baseline's own: 1 with DreamBooth and "
+        "ViCo, 2 with Custom Diffusion.",
     )
     optimizer: str = choice(
         "AdamW", ("AdamW", "Adafactor"), "AdamW (code), or Adafactor for a fraction of the optimizer memory."
@@ -93,7 +109,7 @@ class Options:
         True,
         "Recompute each transformer block in the backward pass: less memory, same gradients, slower. Source: code.",
     )
-    prior: Prior = field(default_factory=Prior)
+    prior: Prior = field(default_factory=partial(Prior, kind="preset"))
     truncation: bool = plain(
         True, "The truncation of the loss (paper Eq. 9). Off is the paper's ablation: it collapses."
     )
@@ -110,7 +126,8 @@ class Options:
         "the UNet (twice its memory; needs a larger w_s).",
     )
     flip: bool = plain(
-        True, "Mirror the example at random. Source: code. Switch off for writing or one-sided subjects."
+        True,
+        "Mirror the example at random. Source: code. Switch off for writing or one-sided subjects. ViCo never does.",
     )
     fit: str = choice(
         "center crop",
@@ -146,7 +163,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def checked(self) -> "Recipe":
-        """This recipe with tidy captions.
+        """This recipe with tidy captions and the baseline's own values in place of "preset" and 0.
 
         Raises:
             ValueError: a value no training can use: what was given, what is wrong, what to do.
@@ -161,7 +178,16 @@ class Recipe:
             )
         category, identifier = captions.check(self.category, self.baseline.identifier)
         baseline = dataclasses.replace(self.baseline, identifier=identifier)
-        return dataclasses.replace(self, category=category, baseline=baseline)
+        prior = baseline.PRIOR if self.options.prior.kind == "preset" else self.options.prior
+        if prior.kind != "off" and not baseline.TAKES_PRIOR:
+            raise ValueError(
+                f"prior is {prior.kind!r}, but {self.method} leaves the model as it is and has nothing to preserve: "
+                "set prior to 'preset' or 'off' in SuDe Training Options."
+            )
+        options = dataclasses.replace(
+            self.options, prior=prior, batch_size=self.options.batch_size or baseline.BATCH_SIZE
+        )
+        return dataclasses.replace(self, category=category, baseline=baseline, options=options)
 
 
 def check_values(values) -> None:

@@ -76,7 +76,9 @@ def weight(alphas_cumprod: Tensor, t: Tensor, t0: str = "clamp") -> Tensor:
     return lam.to(device=t.device, dtype=torch.float32)
 
 
-def loss(a: Tensor, c: Tensor, u: Tensor, weight: Tensor, truncate: bool = True) -> SuDeTerm:
+def loss(
+    a: Tensor, c: Tensor, u: Tensor, weight: Tensor, truncate: bool = True, support: Tensor | None = None
+) -> SuDeTerm:
     """The truncated SuDe loss, per sample and in float32 whatever the inputs are.
 
     Source: paper Eq. 8-9; gate per sample and strict as in the released code (ddpm.py:1204). The released code mixes
@@ -88,6 +90,7 @@ def loss(a: Tensor, c: Tensor, u: Tensor, weight: Tensor, truncate: bool = True)
         u: [B, ...] noise predicted under the empty caption, likewise.
         weight: [B] lambda(t) from `weight`.
         truncate: False leaves the gate open for good (the paper's ablation, Fig. 5).
+        support: optional [B, 1, ...] of zeros and ones, at least a one a sample: loss and gate then read only the ones.
 
     Raises:
         ValueError: the shapes of a, c, u or weight do not go together.
@@ -99,12 +102,15 @@ def loss(a: Tensor, c: Tensor, u: Tensor, weight: Tensor, truncate: bool = True)
     if weight.shape != a.shape[:1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but one value per sample ([{len(a)}]) is needed.")
     a, c, u = a.float(), c.detach().float(), u.detach().float()
-    gap = _mean((c - a.detach()) * (c - u))
+    gap = _mean((c - a.detach()) * (c - u), support)
     active = (gap > 0).float() if truncate else torch.ones_like(gap)
     # |a-c|^2 - |a-u|^2 written as a product: c-u is small, and subtracting two almost equal means would lose it
-    difference = _mean((u - c) * ((a - c) + (a - u)))
+    difference = _mean((u - c) * ((a - c) + (a - u)), support)
     return SuDeTerm(active * weight.detach().float() * difference, active, gap)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
+def _mean(x: Tensor, support: Tensor | None) -> Tensor:
+    if support is None:
+        return x.flatten(1).mean(1)
+    support = support.to(x).expand_as(x)
+    return (x * support).flatten(1).sum(1) / support.flatten(1).sum(1)

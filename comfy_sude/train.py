@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import captions, sude
-from .baselines.base import Baseline, Networks
+from .baselines.base import Baseline, Batch, Networks, Predict
 from .data import Generators, Latents
 from .diffusion import NoiseProcess
 from .recipe import Options
@@ -30,26 +30,30 @@ class Predictors:
 
     Attributes:
         process: the noise process of the model.
-        predict: (x_t [B, C, h, w], t [B], context [B, tokens, width]) -> raw prediction [B, C, h, w].
-        encode: captions -> [N, tokens, width], differentiable where the baseline trains the text encoder.
+        predict: (x_t [B, C, h, w], t [B], context [B, tokens, width], taps=None) -> raw prediction [B, C, h, w].
+        encode: captions -> [N, tokens, width], differentiable where the baseline trains the text encoder or a token.
         frozen: like `predict`, by a frozen copy of the pretrained UNet; needed for `reference` pretrained and prior
             distillation unless the baseline can switch itself off.
         device: where the networks are.
     """
 
     process: NoiseProcess
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor]
+    predict: Predict
     encode: Callable[[list[str]], Tensor]
     device: torch.device
-    frozen: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    frozen: Predict | None = None
 
 
 @dataclass
 class Log:
-    """One value per step and term: l_sub, l_sude (gated, weighted by lambda), l_prior, gate (share open) and gap."""
+    """One value per step and term: l_sub, l_sude (gated, weighted by lambda), l_prior, gate (share open) and gap.
+
+    A baseline's own terms come after them; `labels` says what to call those.
+    """
 
     values: dict[str, list[float]] = field(default_factory=lambda: {term: [] for term in TERMS})
     seconds: float = 0.0
+    labels: dict[str, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -77,20 +81,24 @@ class Trainer:
     ):
         recipe = baseline.recipe
         self.baseline, self.recipe, self.options = baseline, recipe, recipe.options
-        self.on, self.example, self.class_images = predictors, example, class_images
+        self.on, self.class_images = predictors, class_images
         self.generators = Generators(recipe.seed)
+        baseline.example = example
         groups = baseline.prepare(self.generators.init)
         if AUTOCAST[recipe.options.precision] is not None:
             store_frozen(baseline.networks, AUTOCAST[recipe.options.precision])
         self.optimizer = make_optimizer(groups, recipe.baseline.learning_rate, recipe.options)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(predictors.device.type, enabled=recipe.options.precision == "fp16")
-        self.log = Log()
+        self.terms = (*TERMS, *baseline.own_terms)
+        self.log = Log({term: [] for term in self.terms}, labels=baseline.term_labels)
         self._fixed: dict[str, Tensor] = {}
+        self._pretrained: dict[str, Tensor] = {}
         if recipe.uses_pretrained:
+            fixed = dict.fromkeys([*(category for _, category in baseline.all_captions(recipe)), captions.EMPTY])
             with torch.no_grad(), self._autocast(), self.baseline.pretrained():
-                for caption in (baseline.category_caption, captions.EMPTY):
-                    self._fixed["pretrained " + caption] = predictors.encode([caption])[0].float().clone()
+                for caption in fixed:
+                    self._pretrained[caption] = predictors.encode([caption])[0].float().clone()
 
     def run(self, report, steps: int | None = None) -> Log:
         """Do the recipe's steps (or `steps` of them), reporting each; see `host.progress.Progress` for `report`."""
@@ -111,7 +119,8 @@ class Trainer:
         """
         terms = self.losses()
         loss = terms["l_sub"] + self.recipe.baseline.w_s * terms["l_sude"] + self.options.prior.w_r * terms["l_prior"]
-        values = torch.stack([loss.detach(), *(terms[name].detach() for name in TERMS)]).tolist()
+        loss = loss + sum(weight * terms[name] for name, weight in self.baseline.own_terms.items())
+        values = torch.stack([loss.detach(), *(terms[name].detach() for name in self.terms)]).tolist()
         if not values[0] - values[0] == 0:
             raise FloatingPointError(
                 f"the loss is not finite at step {self.log.steps + 1}: use a smaller learning rate or w_s, or "
@@ -125,47 +134,51 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, value in zip(TERMS, values[1:], strict=True):
+        for name, value in zip(self.terms, values[1:], strict=True):
             self.log.values[name].append(value)
 
     def losses(self) -> dict[str, Tensor]:
         """Draw one batch and compute every term (scalars, before their weights)."""
         on, process, options, baseline = self.on, self.on.process, self.options, self.baseline
         count, device = options.batch_size, on.device
-        z, noise, t = self._noised(self.example)
+        batch = baseline.draw(count, self.generators)
+        z, noise, t = self._noised(batch.z)
         x_t = process.add_noise(z, noise, t)
         target = process.target(z, noise, t)
 
         prior = options.prior.kind if options.prior.w_r > 0 else "off"
         if prior == "class images":
-            z_p, noise_p, t_p = self._noised(self.class_images)
+            preserved = (baseline.category_caption,) * count
+            z_p, noise_p, t_p = self._noised(self._class_images())
             x_p, target_p = process.add_noise(z_p, noise_p, t_p), process.target(z_p, noise_p, t_p)
         elif prior == "distillation":
+            preserved = batch.categories
             x_p, t_p = x_t, t
-            target_p = self._reference([baseline.category_caption], x_t, t)
+            target_p = self._reference(batch.categories, x_t, t)
+        else:
+            preserved, x_p, t_p = (), x_t[:0], t[:0]
 
-        own, category = self._contexts(prior != "off")
+        encoded = self._encode((*batch.captions, *preserved))
+        context = torch.stack([encoded[caption] for caption in (*batch.captions, *preserved)])
         with self._autocast():
-            if prior == "off":
-                a = on.predict(x_t, t.to(device), own.expand(count, -1, -1))
-            else:
-                context = torch.cat([own.expand(count, -1, -1), category.expand(count, -1, -1)])
-                a, p = on.predict(torch.cat([x_t, x_p]), torch.cat([t, t_p]).to(device), context).chunk(2)
+            rows, times = torch.cat([x_t, x_p]), torch.cat([t, t_p]).to(device)
+            predicted, own = baseline.predict(on.predict, rows, times, context, batch)
+        a, p = predicted[:count], predicted[count:]
         zero = torch.zeros((), device=device)
-        terms = dict.fromkeys(TERMS, zero)
-        terms["l_sub"] = baseline.subject_loss(a.float(), target).mean()
-        if prior != "off":
-            terms["l_prior"] = (p.float() - target_p).pow(2).mean()
+        terms = dict.fromkeys(self.terms, zero) | own
+        terms["l_sub"] = baseline.subject_loss(a.float(), target, batch.mask).mean()
+        if preserved:
+            terms["l_prior"] = baseline.prior_loss(p.float(), target_p).mean()
         if self.recipe.baseline.w_s > 0:
             known = None
             if prior == "distillation":  # the prior pass already holds c: the same latents and caption
                 known = target_p if options.reference == "pretrained" else p.detach()
-            c, u = self._category_and_empty(x_t, t, category, known)
-            inherit = self._inherit(a, c, u, t)
+            c, u = self._category_and_empty(x_t, t, batch, encoded, known)
+            inherit = self._inherit(a, c, u, t, baseline.support(batch))
             terms |= {"l_sude": inherit.loss.mean(), "gate": inherit.active.mean(), "gap": inherit.gap.mean()}
         return terms
 
-    def _inherit(self, a: Tensor, c: Tensor, u: Tensor, t: Tensor) -> sude.SuDeTerm:
+    def _inherit(self, a: Tensor, c: Tensor, u: Tensor, t: Tensor, support: Tensor | None) -> sude.SuDeTerm:
         """The SuDe loss of raw predictions.
 
         It reads only differences of noises, so the share of x_t, the same in all three, is left out: near zero terminal
@@ -175,61 +188,61 @@ class Trainer:
         weight = sude.weight(process.alphas_cumprod, t, self.options.t0).to(self.on.device)
         origin = torch.zeros_like(u, dtype=torch.float32)
         noises = (process.to_noise(prediction.float(), origin, t) for prediction in (a, c, u))
-        return sude.loss(*noises, weight, self.options.truncation)
+        return sude.loss(*noises, weight, self.options.truncation, support)
 
-    def _noised(self, pictures: Latents) -> tuple[Tensor, Tensor, Tensor]:
+    def _class_images(self) -> Tensor:
+        """[batch, C, h, w] latents of random class images."""
+        options = self.options
+        return self.class_images.draw(options.batch_size, options.flip, options.sample_latent, self.generators)
+
+    def _noised(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and noise on the device and CPU timesteps, from this training's own generators."""
-        g, options = self.generators, self.options
-        z = pictures.draw(options.batch_size, options.flip, options.sample_latent, g)
+        g = self.generators
         noise = torch.randn(z.shape, generator=g.noise)
         t = torch.randint(self.on.process.num_timesteps, (len(z),), generator=g.timesteps)
         return z.to(self.on.device), noise.to(self.on.device), t
 
-    def _contexts(self, with_category: bool) -> tuple[Tensor, Tensor | None]:
-        """Encodings [1, tokens, width] of the subject caption and, if asked, of the category caption."""
-        wanted = [self.baseline.subject_caption, self.baseline.category_caption][: 1 + with_category]
-        if not self.baseline.trains_text:
-            return tuple(self._encode_once(caption) for caption in wanted) + (None,) * (2 - len(wanted))
+    def _encode(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        """[tokens, width] of each caption: with a gradient where training changes it, else computed once for all."""
+        wanted = list(dict.fromkeys(wanted))
+        changing = [caption for caption in wanted if self.baseline.changes(caption)]
+        fresh = [caption for caption in wanted if caption not in self._fixed and caption not in changing]
         with self._autocast():
-            encoded = self.on.encode(wanted)
-        return encoded[:1], encoded[1:] if with_category else None
+            if fresh:
+                with torch.no_grad():
+                    self._fixed |= zip(fresh, self.on.encode(fresh).float(), strict=True)
+            encoded = dict(zip(changing, self.on.encode(changing), strict=True)) if changing else {}
+        return {caption: encoded[caption] if caption in encoded else self._fixed[caption] for caption in wanted}
 
     def _category_and_empty(
-        self, x_t: Tensor, t: Tensor, category: Tensor | None, c: Tensor | None
+        self, x_t: Tensor, t: Tensor, batch: Batch, encoded: dict[str, Tensor], c: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """c (unless given) and u without gradient; whatever this step already computed is used again."""
-        category_caption = self.baseline.category_caption
+        empty = (captions.EMPTY,) * len(x_t)
+        wanted = empty if c is not None else (*batch.categories, *empty)
         if self.options.reference == "pretrained":
-            wanted = [captions.EMPTY] if c is not None else [category_caption, captions.EMPTY]
-            predictions = self._reference(wanted, x_t, t).chunk(len(wanted))
-            return predictions if c is None else (c, *predictions)
-        with torch.no_grad(), self._autocast():
-            if not self.baseline.trains_text:
-                category, empty = self._encode_once(category_caption), self._encode_once(captions.EMPTY)
-            elif category is not None:
-                category, empty = category.detach(), self.on.encode([captions.EMPTY])
-            else:
-                category, empty = self.on.encode([category_caption, captions.EMPTY]).chunk(2)
-            wanted = [empty] if c is not None else [category, empty]
-            predictions = self._predict_each(self.on.predict, wanted, x_t, t).chunk(len(wanted))
-        return predictions if c is None else (c, *predictions)
+            predictions = self._reference(wanted, x_t, t)
+        else:
+            with torch.no_grad():
+                encoded = encoded | self._encode(tuple(caption for caption in wanted if caption not in encoded))
+                context = torch.stack([encoded[caption] for caption in wanted])
+                with self._autocast():
+                    predictions = self.baseline.predict_reference(
+                        self.on.predict, *self._repeated(x_t, t, len(wanted)), context, batch
+                    )
+        return predictions.chunk(2) if c is None else (c, predictions)
 
-    def _reference(self, wanted: list[str], x_t: Tensor, t: Tensor) -> Tensor:
-        """[len(wanted) * B, C, h, w] predictions of the pretrained networks."""
-        contexts = [self._fixed["pretrained " + caption][None] for caption in wanted]
+    def _reference(self, wanted: tuple[str, ...], x_t: Tensor, t: Tensor) -> Tensor:
+        """[len(wanted), C, h, w] predictions of the pretrained networks, one row for each caption."""
+        context = torch.stack([self._pretrained[caption] for caption in wanted])
         with torch.no_grad(), self._autocast(), self.baseline.pretrained():
-            return self._predict_each(self.on.frozen or self.on.predict, contexts, x_t, t).float()
+            predict = self.on.frozen or self.on.predict
+            return predict(*self._repeated(x_t, t, len(wanted)), context).float()
 
-    def _predict_each(self, predict, contexts: list[Tensor], x_t: Tensor, t: Tensor) -> Tensor:
-        n, count = len(contexts), len(x_t)
-        context = torch.cat([one.expand(count, -1, -1) for one in contexts])
-        return predict(x_t.repeat(n, 1, 1, 1), t.repeat(n).to(self.on.device), context)
-
-    def _encode_once(self, caption: str) -> Tensor:
-        if caption not in self._fixed:
-            with torch.no_grad(), self._autocast():
-                self._fixed[caption] = self.on.encode([caption]).float()
-        return self._fixed[caption]
+    def _repeated(self, x_t: Tensor, t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The noisy latents and timesteps, on the device, repeated until there are so many rows."""
+        times = rows // len(x_t)
+        return x_t.repeat(times, 1, 1, 1), t.repeat(times).to(self.on.device)
 
     def _autocast(self):
         dtype = AUTOCAST[self.options.precision]
@@ -238,6 +251,8 @@ class Trainer:
     def _line(self) -> str:
         log = self.log
         line = f"loss {log.recent('l_sub'):.4f}"
+        for name in self.baseline.own_terms:
+            line += f" · {name.removeprefix('l_')} {log.recent(name):.4f}"
         if self.recipe.baseline.w_s > 0:
             line += f" · gate {log.recent('gate'):.0%} open"
         return f"{line} · {log.steps / max(log.seconds, 1e-9):.2f} steps/s"

@@ -30,11 +30,14 @@ class DreamBooth(Baseline):
 
     settings = DreamBoothSettings
     help = "Trains the whole UNet and text encoder (the released code). Best likeness, about 20 GB for SD1.5."
-    trains_text = True
 
     def prepare(self, init: torch.Generator) -> list[dict]:
         """One parameter group, as in the released code (ddpm.py:1617)."""
         return [{"params": train_all(self.networks.unet) + train_all(self.networks.text_encoder)}]
+
+    def changes(self, caption: str) -> bool:
+        """Every caption: the whole text encoder trains."""
+        return True
 
     def result(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         """The trained weights themselves."""

@@ -60,24 +60,32 @@ class DreamBoothLoRA(Baseline):
     settings = DreamBoothLoRASettings
     help = "Trains small low-rank updates of the attention layers: a fraction of the memory and of the result's size."
     switches_off = True
-    trainable_share = 0.02
 
-    @property
-    def trains_text(self) -> bool:
+    def changes(self, caption: str) -> bool:
         """Whether the text encoder has adapters."""
         return self.recipe.baseline.train_text_encoder
 
-    def prepare(self, init: torch.Generator) -> list[dict]:
-        """Adapters on every attention projection, in the order of the modules' names."""
+    @property
+    def trained(self) -> tuple[int, int]:
+        """Both factors of every adapter."""
+        rank = self.recipe.baseline.rank
+        count = sum(rank * sum(layer.weight.shape) for _, _, layer in self._layers())
+        return count, count
+
+    def _layers(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """(network, name, layer) of every attention projection that gets an adapter, in the order of the modules."""
         networks = [("model", self.networks.unet, UNET_TARGETS)]
-        if self.trains_text:
+        if self.recipe.baseline.train_text_encoder:
             networks.append(("clip", self.networks.text_encoder, TEXT_TARGETS))
-        rank, alpha = self.recipe.baseline.rank, self.recipe.baseline.alpha
-        self.adapters: dict[tuple[str, str], LowRank] = {}
         for network, module, targets in networks:
             for name, layer in module.named_modules():
                 if name.endswith(targets) and getattr(layer, "weight", None) is not None and layer.weight.ndim == 2:
-                    self.adapters[network, name] = LowRank(layer, rank, alpha, init)
+                    yield network, name, layer
+
+    def prepare(self, init: torch.Generator) -> list[dict]:
+        """Adapters on every attention projection."""
+        rank, alpha = self.recipe.baseline.rank, self.recipe.baseline.alpha
+        self.adapters = {(network, name): LowRank(layer, rank, alpha, init) for network, name, layer in self._layers()}
         return [{"params": [p for adapter in self.adapters.values() for p in (adapter.down, adapter.up)]}]
 
     @contextmanager

@@ -17,14 +17,14 @@ CHECKPOINTED = 0.2  # share of them left with one checkpoint per transformer blo
 def estimate(baseline: Baseline, latent_size: tuple[int, int]) -> float:
     """Bytes a training needs beside its weights: gradients, optimizer states and activations (rough)."""
     options = baseline.recipe.options
-    modules = [baseline.networks.unet] + ([baseline.networks.text_encoder] if baseline.trains_text else [])
-    parameters = baseline.trainable_share * sum(p.numel() for module in modules for p in module.parameters())
+    trained, added = baseline.trained
     states = 1 if options.optimizer == "Adafactor" else 3  # gradient (+ two moments)
-    samples = options.batch_size * (1 if options.prior.kind == "off" else 2)
+    passes = 1 if options.prior.kind == "off" and not baseline.looks_at_reference else 2
+    samples = options.batch_size * passes
     activations = ACTIVATION_BYTES * samples * latent_size[0] * latent_size[1]
     if options.gradient_checkpointing:
         activations *= CHECKPOINTED
-    return 4 * states * parameters + activations
+    return 4 * (states * trained + added) + activations
 
 
 class Residence:

@@ -1,4 +1,4 @@
-"""MODEL -> an own fp32 UNet that can be trained, and a Subject -> patches on clones of MODEL and CLIP.
+"""MODEL -> an own fp32 UNet that can be trained.
 
 The MODEL that came in is only read. ComfyUI runs nodes in inference mode and may memory-map or page its weights, so
 autograd must never see them: every weight is copied into a new module (spec: host side of TrainLoraNode's defects).
@@ -16,12 +16,12 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, get_attention_function
-from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..diffusion import NoiseProcess
 from ..store import tensor_hash
+from .reference import with_taps
 
 FAMILIES = {"SD15": 512, "SD20": 512}  # supported model configs and their native side in pixels
 V_PREDICTION_SIDE = 768  # SD2.x-v
@@ -162,7 +162,7 @@ def _attention(_chosen, *args, **kwargs):
     return get_attention_function("pytorch")(*args, **kwargs)
 
 
-def predict(base, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+def predict(base, x_t: Tensor, t: Tensor, context: Tensor, taps=None) -> Tensor:
     """[B, C, h, w] the raw prediction (noise or velocity) of an own BaseModel.
 
     Args:
@@ -170,43 +170,9 @@ def predict(base, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         x_t: [B, C, h, w] noisy latents in variance-preserving scale.
         t: [B] integer timesteps.
         context: [B, tokens, width] caption encodings.
+        taps: optional `baselines.base.Taps` that see and change the transformers' tokens.
     """
     options = {"optimized_attention_override": _attention}
+    if taps is not None:
+        options = with_taps(options, taps)
     return base.diffusion_model(x_t, t.float(), context=context, transformer_options=options)
-
-
-def apply_subject(model, clip, subject, strength_model: float = 1.0, strength_clip: float = 1.0):
-    """Clones of MODEL and CLIP with the subject's weights added; strength scales them, LoRAs combine in any order.
-
-    Raises:
-        ValueError: the subject's weights do not belong to this model or text encoder.
-    """
-    patched = []
-    for network, host, patcher, strength in (
-        ("model", model, model, strength_model),
-        ("clip", clip, clip.patcher, strength_clip),
-    ):
-        patches = {key: _patch(tensors) for (owner, key), tensors in subject.tensors.items() if owner == network}
-        clone = host.clone()
-        accepted = set(clone.add_patches(patches, strength))
-        weights = patcher.model_state_dict()
-        wrong = [k for k in patches if k not in accepted or _shape(subject.tensors[network, k]) != weights[k].shape]
-        if wrong:
-            raise ValueError(
-                f"subject does not fit this {network}: {len(wrong)} of its {len(patches)} weights are unknown to it or "
-                f"of another shape (first: {wrong[0]}). Use a checkpoint of the family it was trained on."
-            )
-        patched.append(clone)
-    return tuple(patched)
-
-
-def _patch(tensors: dict[str, Tensor]):
-    if "diff" in tensors:
-        return ("diff", (tensors["diff"],))
-    return LoRAAdapter(set(), (tensors["up"], tensors["down"], float(tensors["alpha"]), None, None, None))
-
-
-def _shape(tensors: dict[str, Tensor]) -> torch.Size:
-    if "diff" in tensors:
-        return tensors["diff"].shape
-    return torch.Size((len(tensors["up"]), tensors["down"].shape[1]))

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from .. import chart
 from ..baselines import REGISTRY
 from ..finetune import fine_tune
-from ..host.model import apply_subject
+from ..host.apply import apply_subject
 from ..host.progress import Progress
 from ..recipe import Options, Recipe
 from .sockets import CATEGORY, OptionsSocket, SubjectSocket, widgets
@@ -90,7 +90,10 @@ class SuDeFineTune(io.ComfyNode):
             subject = fine_tune(model, clip, vae, image, recipe, report, cache, class_images)
             patched = apply_subject(model, clip, subject)
             report.phase("done", 1)
-            report.step(1, f"{subject.log.steps} steps in {subject.log.seconds:.0f} s")
+            remark = subject.metadata.get("remark")
+            report.step(
+                1, f"{subject.log.steps} steps in {subject.log.seconds:.0f} s" + (f" · {remark}" if remark else "")
+            )
         title = f"{recipe.method} of {recipe.category!r}, w_s {recipe.baseline.w_s:g}, {subject.log.steps} steps"
         picture = ui.PreviewImage(chart.draw(subject.log, title), cls=cls)
         return io.NodeOutput(*patched, subject, ui=picture)
