@@ -1,4 +1,5 @@
-"""What one training step costs: plain DreamBooth, with SuDe, SuDe as its release computes it, diffusers' DreamBooth.
+"""What one training step costs: DreamBooth plain, with SuDe, as SuDe's release computes it, and by diffusers; and what
+SuDe adds to Custom Diffusion and ViCo.
 
     python dev.py bench step
 
@@ -29,6 +30,8 @@ TARGETS = {
     "SuDe / released way, class images": 0.90,
     "plain / diffusers, class images": 1.05,
     "plain / diffusers, no prior": 1.05,
+    "SuDe / plain, Custom Diffusion, class images": 1.45,
+    "SuDe / plain, ViCo": 1.60,
     "peak memory / accounted": 1.10,
 }
 LATENT = (4, 8, 8)
@@ -91,28 +94,32 @@ class Ours:
         self.process = host_model.check_supported(self.model)
         self.base = host_model.build_unet(self.model).to(self.device)
         self.text_encoder = text.build_text_encoder(self.clip).to(self.device)
-        self.networks = Networks(self.base.diffusion_model, self.text_encoder)
         self.encode = text.Encoder(self.clip, self.text_encoder, self.device)
+        self.networks = Networks(self.base.diffusion_model, self.text_encoder, self.encode)
         self.optimizer = None
 
-    def predict(self, x_t, t, context):
+    def predict(self, x_t, t, context, taps=None):
         """The raw prediction of the training copy."""
         from comfy_sude.host import model as host_model
 
-        return host_model.predict(self.base, x_t, t, context)
+        return host_model.predict(self.base, x_t, t, context, taps)
 
-    def trainer(self, w_s: float, prior: str):
-        """A training of this project; all of them share one optimizer, so that one set of Adam states is enough."""
-        from comfy_sude.baselines import DreamBooth
+    def trainer(self, w_s: float | None, prior: str, method: str = "DreamBooth"):
+        """A training of this project; all of them share one optimizer, so that one set of Adam states is enough.
+
+        A `w_s` of None is the method's preset.
+        """
+        from comfy_sude.baselines import REGISTRY
         from comfy_sude.recipe import Options, Prior, Recipe
         from comfy_sude.train import Predictors, Trainer
 
-        settings = dataclasses.replace(DreamBooth.settings(), w_s=w_s)
+        settings = REGISTRY[method].settings()
+        settings = settings if w_s is None else dataclasses.replace(settings, w_s=w_s)
         options = Options(prior=Prior(kind=prior), gradient_checkpointing=False)
-        recipe = Recipe(CATEGORY, "DreamBooth", settings, options).checked()
+        recipe = Recipe(CATEGORY, method, settings, options).checked()
         predictors = Predictors(self.process, self.predict, self.encode, self.device)
-        latents = pictures(8) if prior == "class images" else None
-        trainer = Trainer(DreamBooth(recipe, self.networks), predictors, pictures(1), latents)
+        latents = pictures(8) if prior != "off" and recipe.options.prior.kind == "class images" else None
+        trainer = Trainer(REGISTRY[method](recipe, self.networks), predictors, pictures(1), latents)
         self.optimizer = trainer.optimizer = self.optimizer or trainer.optimizer
         return trainer
 
@@ -126,7 +133,7 @@ class Ours:
             return self.predict(x_t, t.to(self.device), self.encode([caption]))
 
         def step():
-            z, noise, t = trainer._noised(trainer.example)
+            z, noise, t = trainer._noised(trainer.baseline.draw(1, trainer.generators).z)
             x_t = self.process.add_noise(z, noise, t)
             a = predict(trainer.baseline.subject_caption, x_t, t)
             with torch.no_grad():
@@ -135,7 +142,7 @@ class Ours:
             weight = sude.weight(self.process.alphas_cumprod, t).to(self.device)
             loss = loss + trainer.recipe.baseline.w_s * sude.loss(a, c, u, weight).loss.mean()
             if trainer.class_images is not None:
-                z, noise, t = trainer._noised(trainer.class_images)
+                z, noise, t = trainer._noised(trainer._class_images())
                 p = predict(trainer.baseline.category_caption, self.process.add_noise(z, noise, t), t)
                 loss = loss + trainer.options.prior.w_r * (p - noise).pow(2).mean()
             loss.item()
@@ -241,7 +248,6 @@ def pictures(count: int):
 
 def measure_time(ours: Ours, rounds: int, warm_up: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of every step, by contestant."""
-    import torch
 
     diffusers = Diffusers(ours.device, last_attention=len(ours.networks.unet.output_blocks[-1]) > 1)
     for mine, theirs in ((ours.networks.unet, diffusers.unet), (ours.text_encoder, diffusers.text_encoder)):
@@ -257,17 +263,34 @@ def measure_time(ours: Ours, rounds: int, warm_up: int, clock: Callable[[], floa
         contestants[f"released way, {name}"] = ours.released_step(ours.trainer(0.4, prior))
         contestants[f"diffusers, {name}"] = diffusers.step(prior == "class images", fused=False)
         contestants[f"diffusers with fused AdamW, {name}"] = diffusers.step(prior == "class images", fused=True)
+    return interleaved(contestants, rounds, warm_up, clock, ours.device)
+
+
+def interleaved(contestants: dict[str, Callable], rounds: int, warm_up: int, clock, device) -> dict[str, list[float]]:
+    """Seconds of every step by contestant, one step of each in turn."""
+    import torch
+
     seconds = {name: [] for name in contestants}
     for index in range(-warm_up, rounds):
         for name, step in contestants.items():
             began = clock()
             step()
-            if ours.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             if index >= 0:
                 seconds[name].append(clock() - began)
         print(f"round {index + 1} of {rounds}" if index >= 0 else "warming up", flush=True)
     return seconds
+
+
+def measure_method(method: str, name: str, rounds: int, warm_up: int, clock) -> dict[str, list[float]]:
+    """Seconds of every step of a baseline with its preset prior and batch, plain and with its preset w_s."""
+    contestants = {}
+    for label, w_s in (("plain", 0.0), ("SuDe", None)):
+        ours = Ours()  # networks of its own, since these baselines mark them
+        ours.copy()
+        contestants[f"{label}, {name}"] = ours.trainer(w_s, "preset", method).step
+    return interleaved(contestants, rounds, warm_up, clock, ours.device)
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -279,10 +302,11 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
         ("plain", "diffusers with fused AdamW"),
     ]
     result = {}
-    for prior in ("class images", "no prior"):
+    for name in dict.fromkeys(contestant.partition(", ")[2] for contestant in seconds):
         for above, below in pairs:
-            both = zip(seconds[f"{above}, {prior}"], seconds[f"{below}, {prior}"], strict=True)
-            result[f"{above} / {below}, {prior}"] = [a / b for a, b in both]
+            if f"{above}, {name}" in seconds and f"{below}, {name}" in seconds:
+                both = zip(seconds[f"{above}, {name}"], seconds[f"{below}, {name}"], strict=True)
+                result[f"{above} / {below}, {name}"] = [a / b for a, b in both]
     return result
 
 
@@ -463,20 +487,24 @@ def main() -> None:
     ours.copy()
     clock = time.process_time if args.cpu_time else time.perf_counter
     seconds = measure_time(ours, args.rounds, args.warm_up, clock)
+    seconds_of_parts = parts(ours, args.rounds, clock)
+    del ours.networks, ours.base, ours.text_encoder, ours.encode, ours.optimizer
+    for method, name in (("Custom Diffusion", "Custom Diffusion, class images"), ("ViCo", "ViCo")):
+        seconds |= measure_method(method, name, args.rounds, args.warm_up, clock)
     measured = {name: spread(values) for name, values in ratios(seconds).items()}
     result = {
         "device": device_name(ours.device),
         "torch": torch.__version__,
         "weights": "mini world" if MINI_WORLD.is_file() else "random, the mini world's shape",
         "latent": list(LATENT),
-        "batch": "1 subject + 1 class image, or 1 subject",
+        "batch": "1 subject + 1 class image, or 1 subject; Custom Diffusion 2 + 2; ViCo 1 + its reference",
         "rounds": args.rounds,
         "clock": "CPU time of the process" if args.cpu_time else "wall",
         "seconds_per_step": {name: spread(values) for name, values in seconds.items()},
         "ratios": measured,
         "targets": TARGETS,
         "memory": memory,
-        "seconds_of_parts": parts(ours, args.rounds, clock),
+        "seconds_of_parts": seconds_of_parts,
     }
     for name, values in result["seconds_per_step"].items():
         print(f"{name:<45} {values['median']:8.3f} s  ({values['q25']:.3f} to {values['q75']:.3f})")

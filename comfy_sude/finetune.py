@@ -45,7 +45,7 @@ def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, clas
     latent_format = model.get_model_object("latent_format")
     prior = recipe.options.prior
     prior_latents = None
-    if prior.kind == "class images" and prior.w_r > 0:
+    if prior.kind == "class images" and prior.active:
         if class_images is None:
             class_images = _class_images(model, clip, vae, recipe, side, report, cache)
         squares = data.to_square(class_images, side, recipe.options.fit)

@@ -56,6 +56,11 @@ class Prior:
     scheduler: str = plain("ddim_uniform", "ComfyUI scheduler of the class images.")
     image_seed: int = numeric(7, 0, 2**64 - 1, 1, "Noise of the class images. Source: code.")
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a prior loss."""
+        return self.kind != "off" and self.w_r > 0
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -155,7 +160,7 @@ class Recipe:
     @property
     def uses_pretrained(self) -> bool:
         """Whether a step asks for predictions of the networks as they came in."""
-        distils = self.options.prior.kind == "distillation" and self.options.prior.w_r > 0
+        distils = self.options.prior.kind == "distillation" and self.options.prior.active
         return distils or (self.options.reference == "pretrained" and self.baseline.w_s > 0)
 
     def as_dict(self) -> dict:
@@ -179,7 +184,7 @@ class Recipe:
         category, identifier = captions.check(self.category, self.baseline.identifier)
         baseline = dataclasses.replace(self.baseline, identifier=identifier)
         prior = baseline.PRIOR if self.options.prior.kind == "preset" else self.options.prior
-        if prior.kind != "off" and not baseline.TAKES_PRIOR:
+        if prior.active and not baseline.TAKES_PRIOR:
             raise ValueError(
                 f"prior is {prior.kind!r}, but {self.method} leaves the model as it is and has nothing to preserve: "
                 "set prior to 'preset' or 'off' in SuDe Training Options."

@@ -146,7 +146,7 @@ class Trainer:
         x_t = process.add_noise(z, noise, t)
         target = process.target(z, noise, t)
 
-        prior = options.prior.kind if options.prior.w_r > 0 else "off"
+        prior = options.prior.kind if options.prior.active else "off"
         if prior == "class images":
             preserved = (baseline.category_caption,) * count
             z_p, noise_p, t_p = self._noised(self._class_images())

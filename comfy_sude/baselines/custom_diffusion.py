@@ -146,7 +146,7 @@ class CustomDiffusion(LearnsToken):
         if self.recipe.uses_pretrained:
             self.incoming = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         self.prepare_token(settings.initializer)
-        pictures = options.batch_size * (2 if options.prior.kind != "off" and options.prior.w_r > 0 else 1)
+        pictures = options.batch_size * (2 if options.prior.active else 1)
         rate = settings.learning_rate * (pictures if settings.scale_learning_rate else 1)
         return [{"params": [*(layer.weight for layer in self.layers.values()), self.vectors], "lr": rate}]
 

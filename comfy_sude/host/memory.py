@@ -19,7 +19,7 @@ def estimate(baseline: Baseline, latent_size: tuple[int, int]) -> float:
     options = baseline.recipe.options
     trained, added = baseline.trained
     states = 1 if options.optimizer == "Adafactor" else 3  # gradient (+ two moments)
-    passes = 1 if options.prior.kind == "off" and not baseline.looks_at_reference else 2
+    passes = 2 if options.prior.active or baseline.looks_at_reference else 1
     samples = options.batch_size * passes
     activations = ACTIVATION_BYTES * samples * latent_size[0] * latent_size[1]
     if options.gradient_checkpointing:

@@ -30,8 +30,11 @@ def recipe(
 ) -> Recipe:
     """A recipe of three steps on 64 px; `values` go to the baseline's settings or the options."""
     settings = {"steps": 3, "learning_rate": 1e-4}
-    options = {"resolution": 64, "gradient_checkpointing": False, "prior": prior or Prior(number=2, steps=2, cfg=2.0)}
     names = REGISTRY[method].settings.__dataclass_fields__
+    if "views" in names:
+        settings["views"] = 4
+    drawn = Prior(number=2, steps=2, cfg=2.0) if REGISTRY[method].settings.TAKES_PRIOR else Prior(kind="off")
+    options = {"resolution": 64, "gradient_checkpointing": False, "prior": prior or drawn}
     for name, value in values.items():
         (settings if name in names else options)[name] = value
     return Recipe(category, method, REGISTRY[method].settings(**settings), Options(**options), seed)

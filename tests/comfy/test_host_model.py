@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from comfy_sude.host.apply import apply_subject
+
 from .helpers import predictions, recipe, sample, train
 
 
@@ -84,7 +86,7 @@ def test_graph_model_predicts_as_the_trained_module(models, picture, tmp_path, i
     model, clip, vae = models
     model = with_lora(model)
     subject = train((model, clip, vae), picture, tmp_path, recipe())
-    patched, _ = host_model.apply_subject(model, clip, subject)
+    patched, _ = apply_subject(model, clip, subject)
     context, x, sigma = inputs
     actual = predictions(patched, context, x, sigma).clone()
     base = host_model.build_unet(model)
@@ -103,7 +105,7 @@ def subject(_shared, tmp_path_factory):
 
 
 def test_strength_scales_the_subject_and_zero_is_the_base(models, subject, inputs):
-    from comfy_sude.host.model import apply_subject, current_weight
+    from comfy_sude.host.model import current_weight
 
     model, clip, _ = models
     key = next(k for network, k in subject.tensors if network == "model")
@@ -115,8 +117,6 @@ def test_strength_scales_the_subject_and_zero_is_the_base(models, subject, input
 
 
 def test_lora_before_and_after_the_subject_give_the_same_picture(models, subject):
-    from comfy_sude.host.model import apply_subject
-
     model, clip, _ = models
     before, clip_a = apply_subject(with_lora(model), clip, subject)
     patched, clip_b = apply_subject(model, clip, subject)
@@ -128,16 +128,12 @@ def test_lora_before_and_after_the_subject_give_the_same_picture(models, subject
 def test_clip_skip_after_the_subject_is_honoured(models, subject):
     import nodes
 
-    from comfy_sude.host.model import apply_subject
-
     patched, clip = apply_subject(*models[:2], subject)
     skipped = nodes.CLIPSetLastLayer().set_last_layer(clip, -2)[0]
     assert not torch.equal(sample(patched, skipped), sample(patched, clip))
 
 
 def test_base_model_is_untouched_when_used_again_in_the_same_graph(models, subject):
-    from comfy_sude.host.model import apply_subject
-
     model, clip, _ = models
     first = sample(model, clip)
     patched, patched_clip = apply_subject(model, clip, subject)
@@ -148,8 +144,6 @@ def test_base_model_is_untouched_when_used_again_in_the_same_graph(models, subje
 
 
 def test_subject_on_a_model_of_another_shape_is_refused(subject, load, models):
-    from comfy_sude.host.model import apply_subject
-
     other = load("abs")
     with pytest.raises(ValueError, match="does not fit this model.*unknown to it or of another shape"):
         apply_subject(other[0], models[1], subject)

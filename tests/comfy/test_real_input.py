@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from comfy_sude import data
 from comfy_sude.host import images
-from comfy_sude.host import model as host_model
+from comfy_sude.host.apply import apply_subject
 
 from .helpers import Silent, recipe, sample, train
 
@@ -65,4 +65,4 @@ def test_photograph_trains_and_samples(taesd, models, tmp_path, name):
     subject = train((model, clip, taesd), photograph(path), tmp_path, made, report)
     assert subject.metadata["resolution"] == 128 and subject.log.steps == 2
     assert all(np.isfinite(subject.log.values[term]).all() for term in subject.log.values)
-    assert torch.isfinite(sample(*host_model.apply_subject(model, clip, subject), subject.prompt("golden"))).all()
+    assert torch.isfinite(sample(*apply_subject(model, clip, subject), subject.prompt("golden"))).all()

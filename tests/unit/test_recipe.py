@@ -16,7 +16,8 @@ def recipe(**changes) -> Recipe:
 
 
 def test_the_dreambooth_preset_is_the_released_configuration():
-    settings, options, prior = DreamBoothSettings(), Options(), Prior()
+    settings, options = DreamBoothSettings(), recipe().checked().options
+    prior = options.prior
     assert (settings.w_s, settings.steps, settings.learning_rate, settings.identifier) == (0.4, 500, 1e-6, "sks")
     assert (options.batch_size, options.optimizer, options.weight_decay, options.max_grad_norm) == (1, "AdamW", 0.01, 0)
     assert (options.precision, options.flip, options.sample_latent) == ("fp32", True, True)
@@ -54,7 +55,7 @@ def test_captions_are_tidied():
         ("baseline", "steps", 1.5),
         pytest.param("baseline", "steps", 10**400, id="baseline-steps-astronomical"),
         ("baseline", "learning_rate", -1e-6),
-        ("options", "batch_size", 0),
+        ("options", "batch_size", -1),
         ("options", "weight_decay", 2.0),
         ("options", "max_grad_norm", -1.0),
         ("options", "precision", "fp8"),
@@ -107,7 +108,7 @@ def test_a_recipe_cannot_change_after_it_was_checked():
 
 
 def test_a_recipe_as_plain_values_tells_all_of_it():
-    plain = recipe(seed=5).as_dict()
+    plain = recipe(seed=5).checked().as_dict()
     assert plain["baseline"]["w_s"] == 0.4
     assert plain["options"]["prior"]["kind"] == "class images"
     assert plain != recipe(seed=6).as_dict()
