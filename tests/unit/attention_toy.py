@@ -1,4 +1,4 @@
-"""Toy networks with words and cross-attention, for baselines that learn a new word: small, but wired as the real ones."""
+"""Toy networks with words and cross-attention, for baselines that learn a new word: small, wired as the real ones."""
 
 import zlib
 
