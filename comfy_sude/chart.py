@@ -1,33 +1,40 @@
-"""The training's log as a picture: L_sub, L_sude and the share of open gates over the steps."""
+"""The training's log as a picture: the loss terms and the share of open gates over the steps."""
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .train import Log
+from .train import TERMS, Log
 
-SIZE = (900, 590)
+WIDTH, HEAD, PANEL, FOOT = 900, 30, 176, 32
 BACKGROUND, INK, GRID = (24, 26, 31), (226, 228, 233), (58, 61, 69)
 PANELS = (
     ("l_sub", "L_sub: denoising loss on the example", (90, 170, 255)),
     ("l_sude", "L_sude: what pulls towards the category", (255, 160, 70)),
     ("gate", "gate: share of steps that still inherit", (120, 210, 130)),
 )
+PRIOR = ("l_prior", "L_prior: denoising loss on the class images", (190, 140, 255))
+OWN = (240, 120, 160)  # of a baseline's own terms
 
 
 def draw(log: Log, title: str) -> Tensor:
-    """[1, H, W, 3] IMAGE in [0, 1]: one panel a curve, raw values faint, running mean bold."""
-    image = Image.new("RGB", SIZE, BACKGROUND)
+    """[1, H, W, 3] IMAGE in [0, 1]: one panel a curve, raw values faint, running mean bold.
+
+    Beside the three of every training a panel for the prior loss, if there was one, and for each of the baseline's own.
+    """
+    panels = [*PANELS, *([PRIOR] if any(log.values["l_prior"]) else [])]
+    panels += [(term, log.labels.get(term, term), OWN) for term in log.values if term not in TERMS]
+    size = (WIDTH, HEAD + PANEL * len(panels) + FOOT)
+    image = Image.new("RGB", size, BACKGROUND)
     canvas = ImageDraw.Draw(image, "RGBA")
     font = ImageFont.load_default(14)
     canvas.text((16, 10), title, fill=INK, font=font)
-    height = (SIZE[1] - 60) // len(PANELS)
-    for index, (term, label, color) in enumerate(PANELS):
-        box = (64, 64 + index * height, SIZE[0] - 20, 30 + (index + 1) * height)
+    for index, (term, label, color) in enumerate(panels):
+        box = (64, HEAD + 34 + index * PANEL, WIDTH - 20, HEAD + (index + 1) * PANEL)
         _panel(canvas, font, box, log.values[term], label, color)
-    canvas.text((SIZE[0] - 20, SIZE[1] - 24), f"{log.steps} steps", fill=INK, font=font, anchor="ra")
+    canvas.text((WIDTH - 20, size[1] - 24), f"{log.steps} steps", fill=INK, font=font, anchor="ra")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, SIZE[1], SIZE[0], 3).float() / 255
+    return pixels.view(1, size[1], size[0], 3).float() / 255
 
 
 def _panel(canvas, font, box, values: list[float], label: str, color) -> None:

@@ -16,6 +16,10 @@ SHAPES = {
     # two levels, cross-attention in the input, middle and output blocks
     "small": {"context_dim": 768, "channel_mult": [1, 1], "num_res_blocks": [1, 1], "transformer_depth": [1, 1],
               "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1},
+    # SD1.5's own twelve input, one middle and twelve output blocks, a quarter as wide in the deep ones
+    "blocks": {"context_dim": 768, "channel_mult": [1, 1, 1, 1], "num_res_blocks": [2, 2, 2, 2],
+               "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
+               "transformer_depth_middle": 1},
     # SD2.1-v is told from SD2 by the 12th output block's norm
     "sd21v": {"context_dim": 1024, "channel_mult": [1, 1, 1, 1], "num_res_blocks": [2, 2, 2, 2],
               "transformer_depth": [1] + [0] * 7, "transformer_depth_output": [1] + [0] * 11,
@@ -63,7 +67,7 @@ def write_tiny_checkpoint(
         tensors |= {f"first_stage_model.{k}": v for k, v in _random(TAESD(latent_channels=4), generator).items()}
     elif vae == "kl":
         tensors |= {f"first_stage_model.{k}": v for k, v in _random(_small_kl(), generator).items()}
-    if clip and variant in ("abs", "small", "inpaint"):
+    if clip and variant in ("abs", "small", "blocks", "inpaint"):
         options = {"clip_l_model_config": {"num_hidden_layers": clip_layers}, "model_name": "clip_l"}
         text = comfy.sd1_clip.SDClipModel(device="cpu", dtype=torch.float32, model_options=options)
         for key, value in _random(text, generator).items():

@@ -79,11 +79,11 @@ class SuDeFineTune(io.ComfyNode):
         cls, model, clip, vae, image, category, baseline=None, training_seed=0, class_images=None, options=None
     ) -> io.NodeOutput:
         """Train, then patch clones of MODEL and CLIP. Raises ValueError on what cannot be trained."""
-        recipe = read_recipe(category, baseline, training_seed, options or Options())
+        recipe = read_recipe(category, baseline, training_seed, options or Options()).checked()
         if class_images is not None and recipe.options.prior.kind != "class images":
             raise ValueError(
                 f"class_images are connected, but the prior is {recipe.options.prior.kind!r} and would not use them: "
-                "disconnect them or set the prior to 'class images' in SuDe Training Options."
+                "disconnect them or set the prior to 'class images' in SuDe Training Options (ViCo has none)."
             )
         cache = Path(folder_paths.get_user_directory()) / "sude"
         with Progress(cls.hidden.unique_id) as report:

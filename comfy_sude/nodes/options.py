@@ -20,6 +20,7 @@ class SuDeTrainingOptions(io.ComfyNode):
         """Inputs, outputs and help of the node."""
         help = {name: spec.metadata.get("help") for name, spec in Prior.__dataclass_fields__.items()}
         priors = [
+            io.DynamicCombo.Option("preset", []),
             io.DynamicCombo.Option(
                 "class images",
                 [
@@ -57,7 +58,7 @@ class SuDeTrainingOptions(io.ComfyNode):
         settings = dict(prior or {})
         kind = settings.pop("prior", None)
         if kind is None:
-            raise ValueError("prior: no known prior is chosen. Choose one of: class images, distillation, off.")
+            raise ValueError("prior: no known prior is chosen. Choose one of: preset, class images, distillation, off.")
         options = Options(prior=Prior(kind=kind, **settings), **values)
         check_values(options)
         check_values(options.prior)

@@ -30,7 +30,7 @@ def drawn_in(image, color) -> torch.Tensor:
 )
 def test_the_chart_is_an_image_for_any_log(values):
     image = chart.draw(log(**values), "sks dog")
-    assert image.shape == (1, chart.SIZE[1], chart.SIZE[0], 3)
+    assert image.shape == (1, 590, 900, 3)
     assert image.dtype == torch.float32
     assert torch.isfinite(image).all()
     assert image.min() >= 0
@@ -40,12 +40,25 @@ def test_the_chart_is_an_image_for_any_log(values):
 def test_the_curve_of_each_term_is_drawn_in_its_panel():
     steps = 200
     image = chart.draw(log(l_sub=[1 - i / steps for i in range(steps)], l_sude=[0.3] * steps, gate=[1.0] * steps), "")
-    third = (chart.SIZE[1] - 60) // 3
+    third = chart.PANEL
     for index, (_term, _label, color) in enumerate(chart.PANELS):
         rows = drawn_in(image, color)[:, 80:].nonzero()[:, 0]
         assert len(rows) > 100
         assert rows.min() >= 60 - 25 + index * third
         assert rows.max() <= 60 + (index + 1) * third
+
+
+def test_a_prior_and_a_baselines_own_term_have_panels_of_their_own():
+    made = log(l_sub=[0.5] * 100, l_prior=[0.4] * 100)
+    assert chart.draw(made, "").shape[1] == 590 + chart.PANEL
+    made.values["l_attention"] = [0.3] * 100
+    made.labels["l_attention"] = "L_att: attention"
+    image = chart.draw(made, "")
+    assert image.shape[1] == 590 + 2 * chart.PANEL
+    for index, color in ((3, chart.PRIOR[2]), (4, chart.OWN)):
+        rows = drawn_in(image, color)[:, 80:].nonzero()[:, 0]
+        assert len(rows) > 100
+        assert 30 + index * chart.PANEL <= rows.min() <= rows.max() <= 30 + (index + 1) * chart.PANEL
 
 
 def test_a_falling_loss_is_a_falling_curve():
