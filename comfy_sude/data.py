@@ -1,5 +1,6 @@
 """From pictures to what the loop draws from: square pixels, both mirror images, and their latent posteriors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,13 +64,13 @@ class Views:
     """Square pictures to train on, and what a baseline knows of each.
 
     Attributes:
-        pixels: [N, side, side, 3] in [0, 1].
+        pixels: N pictures [side, side, 3] in [0, 1], a tensor or a sequence that makes them when asked.
         prefixes: words before each one's caption; none if there are none.
         masks: [N, h, w] on the latent grid, 1 where the subject's picture is; None if it fills every view.
         weights: how often each is drawn, relative to the others; None if equally often.
     """
 
-    pixels: Tensor
+    pixels: Tensor | Sequence[Tensor]
     prefixes: tuple[str, ...] = ()
     masks: Tensor | None = None
     weights: Tensor | None = None

@@ -159,5 +159,5 @@ def _ordinary(latents: data.Latents | None, views: data.Views | None = None) -> 
         return None
     if views is not None:
         known = (views.masks, views.weights)
-        views = data.Views(views.pixels[:0], views.prefixes, *(x if x is None else x.clone() for x in known))
+        views = data.Views((), views.prefixes, *(x if x is None else x.clone() for x in known))
     return data.Latents(latents.mean.clone(), None if latents.std is None else latents.std.clone(), views)

@@ -5,10 +5,10 @@ Where they differ Adobe's way is the default. SuDe's authors published no code f
 pixels its loss sees is this project's reading (the sample's own caption without the placeholder; the whole sample).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,35 @@ class CustomDiffusionSettings(Settings):
     )
 
 
+class View(NamedTuple):
+    """A picture resized to `size` and pasted on a grey canvas at (top, left), or, if larger, cropped from there."""
+
+    image: int
+    size: int
+    top: int
+    left: int
+    prefix: str
+
+
+class Rendered(Sequence):
+    """Views as pictures [side, side, 3], each made when it is asked for."""
+
+    def __init__(self, views: list[View], images: Tensor, side: int, fit: str):
+        self.views, self.images, self.side, self.fit = views, images, side, fit
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> Tensor:
+        view, side = self.views[index], self.side
+        picture = to_square(self.images[view.image][None], view.size, self.fit)[0]
+        if view.size > side:
+            return picture[view.top : view.top + side, view.left : view.left + side]
+        canvas = torch.full((side, side, 3), 0.5)  # 0 in the model's range of -1 to 1
+        canvas[view.top : view.top + view.size, view.left : view.left + view.size] = picture
+        return canvas
+
+
 class CustomDiffusion(LearnsToken):
     """attn2's to_k and to_v of every cross-attention and the placeholder: 19.2M + 768 parameters for SD1.5."""
 
@@ -110,31 +139,25 @@ class CustomDiffusion(LearnsToken):
     def views(cls, recipe: Recipe, images: Tensor, side: int) -> Views:
         """The pictures as they are, and random shrunk and enlarged views of them."""
         settings, fit = recipe.baseline, recipe.options.fit
-        squares = to_square(images, side, fit)
         if settings.augmentation == "off":
-            return Views(squares)
-        g = view_generator(recipe.seed)
+            return super().views(recipe, images, side)
         always = settings.augmentation == "diffusers"
-        pixels, prefixes, masks = list(squares), [""] * len(squares), [_mask(side, 0, 0, side)] * len(squares)
-        while len(pixels) < len(squares) + settings.views:
-            image = images[_integer(0, len(images) - 1, g)][None]
-            size = _size(side, g)
+        views = [View(index, side, 0, 0, "") for index in range(len(images))]
+        g = view_generator(recipe.seed)
+        while len(views) < len(images) + settings.views:
+            image, size = _integer(0, len(images) - 1, g), _size(side, g)
+            top, left = (_integer(0, abs(side - size), g) for _ in range(2))
             if size > side:
-                enlarged = to_square(image, size, fit)[0]
-                top, left = _integer(0, size - side, g), _integer(0, size - side, g)
-                pixels.append(enlarged[top : top + side, left : left + side])
-                prefixes.append(ZOOM_PREFIXES[_integer(0, 1, g)])
-                masks.append(_mask(side, 0, 0, side))
-            elif always or size < SMALL_BELOW * side:
-                canvas = torch.full((side, side, 3), 0.5)  # 0 in the model's range of -1 to 1
-                top, left = _integer(0, side - size, g), _integer(0, side - size, g)
-                canvas[top : top + size, left : left + size] = to_square(image, size, fit)[0]
-                pixels.append(canvas)
-                prefixes.append(SMALL_PREFIXES[_integer(0, 1, g)] if size < SMALL_BELOW * side else "")
-                masks.append(_mask(side, top, left, size))
+                views.append(View(image, size, top, left, ZOOM_PREFIXES[_integer(0, 1, g)]))
+            elif size < SMALL_BELOW * side:
+                views.append(View(image, size, top, left, SMALL_PREFIXES[_integer(0, 1, g)]))
+            elif always:
+                views.append(View(image, size, top, left, ""))
         unchanged = 0.0 if always else _share_unchanged(side)
-        weights = [unchanged / len(squares)] * len(squares) + [(1 - unchanged) / settings.views] * settings.views
-        return Views(torch.stack(pixels), tuple(prefixes), torch.stack(masks), torch.tensor(weights))
+        weights = [unchanged / len(images)] * len(images) + [(1 - unchanged) / settings.views] * settings.views
+        masks = torch.stack([_mask(side, view) for view in views])
+        prefixes = tuple(view.prefix for view in views)
+        return Views(Rendered(views, images, side, fit), prefixes, masks, torch.tensor(weights))
 
     def prepare(self, init: torch.Generator) -> list[dict]:
         """One parameter group at one learning rate; keys and values of the start token take no gradient."""
@@ -244,16 +267,17 @@ def _share_unchanged(side: int) -> float:
     return SHRINK_SHARE * sum(SMALL_BELOW * side <= size <= side for size in sizes) / len(sizes)
 
 
-def _mask(side: int, top: int, left: int, size: int) -> Tensor:
+def _mask(side: int, view: View) -> Tensor:
     """[side/8, side/8] of 1 on the latent cells inside a pasted picture, without its border cells; all if it fills it.
 
     Source: Adobe, finetune_data.py:233-236. Pictures so small that this leaves no cell keep their whole cells.
     """
     mask = torch.zeros(side // CELL, side // CELL)
-    if size >= side:
+    if view.size >= side:
         return mask + 1
-    rows, columns = (slice(start // CELL + 1, (start + size) // CELL - 1) for start in (top, left))
+    starts = (view.top, view.left)
+    rows, columns = (slice(start // CELL + 1, (start + view.size) // CELL - 1) for start in starts)
     if not mask[rows, columns].numel():
-        rows, columns = (slice(-(-start // CELL), (start + size) // CELL) for start in (top, left))
+        rows, columns = (slice(-(-start // CELL), (start + view.size) // CELL) for start in starts)
     mask[rows, columns] = 1
     return mask

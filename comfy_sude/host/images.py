@@ -1,5 +1,7 @@
 """Pictures through the incoming models: VAE posteriors of pictures, and class images drawn by the incoming MODEL."""
 
+from collections.abc import Sequence
+
 import comfy.model_management
 import comfy.sample
 import torch
@@ -19,7 +21,7 @@ def check_vae(vae) -> None:
         raise ValueError(f"vae has {vae.latent_channels} latent channels, but SD1.x and SD2.x use 4: load their VAE.")
 
 
-def encode(vae, latent_format, pixels: Tensor, report, phase: str) -> Latents:
+def encode(vae, latent_format, pixels: Tensor | Sequence[Tensor], report, phase: str) -> Latents:
     """Posteriors of pictures and their mirror images, in model scale.
 
     ComfyUI's VAE.encode returns the posterior's mode; its moments are read where they pass, without changing the VAE.
@@ -27,7 +29,7 @@ def encode(vae, latent_format, pixels: Tensor, report, phase: str) -> Latents:
     Args:
         vae: ComfyUI VAE.
         latent_format: of the MODEL, for the latent scale.
-        pixels: [N, H, W, 3] in [0, 1].
+        pixels: N pictures [H, W, 3] in [0, 1].
         report: progress, one step a picture.
         phase: its name.
     """

@@ -93,6 +93,36 @@ def test_the_choice_of_the_baseline_brings_its_own_settings(page: Page):
     assert after["baseline.learning_rate"] != before["baseline.learning_rate"], "each baseline has its own preset"
 
 
+# What each baseline asks for beside what all of them do.
+OWN_SETTINGS = {
+    "DreamBooth": set(),
+    "DreamBooth LoRA": {"rank", "alpha", "train_text_encoder"},
+    "Custom Diffusion": {
+        "scale_learning_rate", "initializer", "vectors", "augmentation", "views", "loss_norm", "sude_mask",
+    },
+    "ViCo": {
+        "token_learning_rate", "initializer", "vectors", "templates", "attention_weight", "sude_blocks",
+        "unconditional_image",
+    },
+}  # fmt: skip
+PRESETS = {
+    "DreamBooth": (0.4, 500, 1e-6, "sks"),
+    "DreamBooth LoRA": (0.4, 500, 1e-4, "sks"),
+    "Custom Diffusion": (2.0, 500, 1e-5, "<new1>"),
+    "ViCo": (1.5, 400, 1e-5, "*"),
+}
+
+
+def test_each_baseline_shows_its_own_settings_and_no_others(page: Page):
+    create(page, "SuDeFineTune")
+    common = ("w_s", "steps", "learning_rate", "identifier")
+    for baseline, own in OWN_SETTINGS.items():
+        page.evaluate("name => node.widgets.find(w => w.name === 'baseline').value = name", baseline)
+        shown = {k.removeprefix("baseline."): v for k, v in widgets(page).items() if k.startswith("baseline.")}
+        assert set(shown) == {*common, *own}, baseline
+        assert tuple(shown[name] for name in common) == pytest.approx(PRESETS[baseline]), baseline
+
+
 def test_small_learning_rates_survive_saving_and_loading(page: Page):
     create(page, "SuDeFineTune")
     page.evaluate("node.widgets.find(w => w.name === 'baseline.learning_rate').value = 3e-7")

@@ -166,13 +166,41 @@ def test_the_quick_start_is_queued_and_shows_what_it_made(
     for node, kind in kinds.items():
         if kind in ("SuDeFineTune", "SaveImage"):
             wide.wait_for_function(f"id => ({pictures})(id).length > 0 && ({pictures})(id)[0][0] > 0", arg=node)
-            expected = [[900, 590]] if kind == "SuDeFineTune" else [[64, 64]] * 2
+            expected = [[900, 766]] if kind == "SuDeFineTune" else [[64, 64]] * 2  # the chart has a panel for the prior
             assert wide.evaluate(pictures, node) == expected
         if kind == "SuDeFineTune":
             assert "2 steps" in wide.evaluate(text, node)
     wide.evaluate(SHOW_ALL)
     wide.wait_for_timeout(1000)
     wide.screenshot(path=tmp_path / "quickstart.png")
+
+
+def test_the_baselines_are_compared_in_the_page(wide: Page, client: ComfyClient, furnished: str, tmp_path: Path):
+    workflow = drop(wide, "compare_baselines")
+    for node in workflow["nodes"]:
+        quick = {
+            "SuDeFineTune": {"baseline.steps": 2, "baseline.views": 2},
+            "SuDeTrainingOptions": {"prior.number": 2, "prior.steps": 2},
+            "KSampler": {"steps": 2},
+        }
+        for name, value in quick.get(node["type"], {}).items():
+            has = "([id, name]) => app.graph.getNodeById(id).widgets.some(widget => widget.name === name)"
+            if wide.evaluate(has, [node["id"], name]):
+                wide.evaluate(TYPE, [node["id"], name, value])
+    before = set(client.get("/history"))
+    wide.get_by_test_id("queue-button").click()
+    run = wait_for_new_run(client, before)
+    assert run["status"]["status_str"] == "success", run["status"]
+    (saved,) = (node["id"] for node in workflow["nodes"] if node["type"] == "SaveImage")
+    pictures = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
+    wide.wait_for_function(f"id => ({pictures})(id).length > 0 && ({pictures})(id)[0][0] > 0", arg=saved)
+    assert wide.evaluate(pictures, saved) == [[130, 196]] * 2, "three rows of two pictures, two pixels between them"
+    wide.evaluate(
+        "() => { app.canvas.ds.scale = 0.24; app.canvas.ds.offset = [150, 250]; app.canvas.setDirty(true, true); }"
+    )
+    wide.wait_for_timeout(1000)
+    wide.screenshot(path=tmp_path / "compare_baselines.png")
+    assert not wide.errors
 
 
 @pytest.mark.parametrize("node", NODES)

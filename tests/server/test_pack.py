@@ -44,6 +44,9 @@ def test_the_fine_tune_node_has_the_inputs_that_workflows_rely_on(client: ComfyC
     common = {"w_s", "steps", "learning_rate", "identifier"}
     assert common <= inputs["DreamBooth"]
     assert common | {"rank", "alpha", "train_text_encoder"} <= inputs["DreamBooth LoRA"]
+    assert common | {"initializer", "vectors", "augmentation", "views"} <= inputs["Custom Diffusion"]
+    assert common | {"initializer", "vectors", "token_learning_rate", "unconditional_image"} <= inputs["ViCo"]
+    assert [option["key"] for option in baselines] == ["DreamBooth", "DreamBooth LoRA", "Custom Diffusion", "ViCo"]
     assert info["output"] == ["MODEL", "CLIP", "SUDE_SUBJECT"]
     assert not info["output_node"]
 

@@ -62,7 +62,7 @@ MIB = 1024**2
 @pytest.fixture(scope="module")
 def furnished(server: ComfyServer, checkpoint) -> str:
     """Puts what the workflows name into the server's folders: a small checkpoint and pictures under their names."""
-    name = checkpoint("abs")
+    name = checkpoint("small")
     folder = server.base / "models" / "checkpoints"
     for needed in ("miniworld.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"):
         link(folder / name, folder / needed)
@@ -115,7 +115,7 @@ def literal(workflow: dict, value: object) -> object:
 
 
 def test_every_workflow_is_shipped_in_both_formats():
-    assert {"quickstart", "dreambooth_sd15", "lora_sd15"} <= set(NAMES)
+    assert {"quickstart", "compare_baselines", "dreambooth_sd15", "lora_sd15"} <= set(NAMES)
     assert NAMES == sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 
 
@@ -161,6 +161,20 @@ def test_the_quick_starts_rows_differ_only_in_sude():
     first, second = (dict(workflow[node]["inputs"]) for node in nodes(workflow, "SuDeFineTune"))
     assert {first.pop("baseline.w_s"), second.pop("baseline.w_s")} == {0.4, 0}
     assert first == second
+
+
+def test_the_comparison_trains_the_papers_baselines_alike_but_for_sude():
+    workflow = api("compare_baselines")
+    trainings = [dict(workflow[node]["inputs"]) for node in nodes(workflow, "SuDeFineTune")]
+    presets = {"DreamBooth": 0.4, "Custom Diffusion": 2.0, "ViCo": 1.5}
+    for baseline, w_s in presets.items():
+        plain, sude = (inputs for inputs in trainings if inputs["baseline"] == baseline)
+        assert (plain.pop("baseline.w_s"), sude.pop("baseline.w_s")) == (0, w_s)
+        assert plain == sude
+    assert len(trainings) == 6 and len(nodes(workflow, "SaveImage")) == 1
+    samplers = [workflow[node]["inputs"] for node in nodes(workflow, "KSampler")]
+    shared = [{name: inputs[name] for name in (*SAMPLING, "latent_image")} for inputs in samplers]
+    assert len(samplers) == 6 and all(settings == shared[0] for settings in shared)
 
 
 def test_the_stable_diffusion_workflow_has_the_papers_settings():

@@ -137,8 +137,9 @@ def test_views_are_small_plain_or_enlarged_as_often_as_published():
     small = sum(prefix in ("a far away", "very small") for prefix in views.prefixes[1:]) / 400
     assert small == pytest.approx(0.27 / 0.60, abs=0.07)
     assert set(views.prefixes) == {"", "a far away", "very small", "zoomed in", "close up"}
-    assert views.pixels.shape == (401, 512, 512, 3) and views.masks.shape == (401, 64, 64)
-    assert 0 <= views.pixels.min() and views.pixels.max() <= 1
+    assert len(views.pixels) == 401 and views.masks.shape == (401, 64, 64)
+    for pixels in (views.pixels[0], views.pixels[1], views.pixels[400]):
+        assert pixels.shape == (512, 512, 3) and 0 <= pixels.min() and pixels.max() <= 1
 
 
 def test_a_small_view_lies_on_grey_and_its_mask_on_the_cells_inside_of_it():
@@ -176,9 +177,9 @@ def test_enlarged_views_are_crops_of_a_larger_picture():
 
 
 def test_diffusers_shrinks_at_every_size_and_off_never():
-    views = make_views(count=200, augmentation="diffusers", images=torch.ones(1, 64, 64, 3))
+    views = make_views(count=60, augmentation="diffusers", images=torch.ones(1, 64, 64, 3))
     assert float(views.weights[0]) == 0
-    sizes = [float((pixels > 0.75).all(-1).float().mean()) ** 0.5 * 512 for pixels in views.pixels[1:]]
+    sizes = [float((pixels > 0.75).all(-1).float().mean()) ** 0.5 * 512 for pixels in list(views.pixels)[1:]]
     unsaid = [size for size, prefix in zip(sizes, views.prefixes[1:], strict=True) if not prefix]
     assert unsaid and min(unsaid) > 300 and max(unsaid) <= 512
     plain = make_views(count=5, augmentation="off")
@@ -188,8 +189,9 @@ def test_diffusers_shrinks_at_every_size_and_off_never():
 def test_the_same_seed_makes_the_same_views():
     image = torch.rand(1, 80, 80, 3)
     first, again, other = (make_views(64, 10, image, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.pixels, again.pixels) and first.prefixes == again.prefixes
-    assert not torch.equal(first.pixels, other.pixels)
+    stacked = [torch.stack(list(views.pixels)) for views in (first, again, other)]
+    assert torch.equal(stacked[0], stacked[1]) and first.prefixes == again.prefixes
+    assert not torch.equal(stacked[0], stacked[2])
 
 
 # --- Captions and masks of a batch
