@@ -42,6 +42,7 @@ def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, clas
     views = REGISTRY[recipe.method].views(recipe, data.check_images(image, "image"), side)
     if class_images is not None:
         class_images = data.check_images(class_images, "class_images")
+    model = host_model.without_patches(model)
     latent_format = model.get_model_object("latent_format")
     prior = recipe.options.prior
     prior_latents = None

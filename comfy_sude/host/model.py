@@ -7,6 +7,7 @@ autograd must never see them: every weight is copied into a new module (spec: ho
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,25 @@ def check_supported(model) -> NoiseProcess:
             f"model is an inpainting or edit UNet ({channels} input channels): load the plain text-to-image checkpoint."
         )
     return NoiseProcess.from_model_sampling(model.get_model_object("model_sampling"))
+
+
+def without_patches(model):
+    """A clone of a MODEL that predicts by its weights alone, as the training copy does.
+
+    LoRAs and model sampling are kept; attention patches, wrappers and guidance functions are left out, with a warning.
+    """
+    bare = model.clone()
+    options = bare.model_options
+    carried = [name for name in options if name != "transformer_options"]
+    carried += [*options.get("transformer_options", {}), *bare.wrappers, *bare.additional_models]
+    if carried:
+        logging.warning(
+            "SuDe: the model's patches that are no weights do not take part in the training (%s); apply them after it.",
+            ", ".join(carried),
+        )
+    bare.model_options = {"transformer_options": {}}
+    bare.wrappers, bare.additional_models = {}, {}
+    return bare
 
 
 def native_resolution(model) -> int:

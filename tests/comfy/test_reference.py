@@ -335,6 +335,18 @@ def test_prompts_of_another_clip_and_without_the_word_still_sample(models, subje
     assert "SuDe" not in caplog.text
 
 
+def test_training_on_a_model_with_a_picture_attached_trains_the_model_alone(models, subject, tmp_path, caplog):
+    with_picture, _ = apply_subject(*models[:2], subject)
+    y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    picture = torch.stack([y, x, x], -1)[None]
+    made = recipe("DreamBooth LoRA", steps=2, rank=2)
+    plain = train(models, picture, tmp_path / "a", made)
+    assert "do not take part" not in caplog.text
+    other = train((with_picture, *models[1:]), picture, tmp_path / "b", made)
+    assert "patches that are no weights do not take part in the training" in caplog.text
+    assert plain.log.values == other.log.values, "the class images or the training saw the attached picture"
+
+
 def test_conditioning_nodes_in_between_keep_the_position(models, subject):
     import nodes
 
