@@ -196,7 +196,7 @@ def test_the_baselines_are_compared_in_the_page(wide: Page, client: ComfyClient,
     wide.wait_for_function(f"id => ({pictures})(id).length > 0 && ({pictures})(id)[0][0] > 0", arg=saved)
     assert wide.evaluate(pictures, saved) == [[130, 196]] * 2, "three rows of two pictures, two pixels between them"
     wide.evaluate(
-        "() => { app.canvas.ds.scale = 0.24; app.canvas.ds.offset = [150, 250]; app.canvas.setDirty(true, true); }"
+        "() => { app.canvas.ds.scale = 0.42; app.canvas.ds.offset = [180, 300]; app.canvas.setDirty(true, true); }"
     )
     wide.wait_for_timeout(1000)
     wide.screenshot(path=tmp_path / "compare_baselines.png")
