@@ -293,7 +293,7 @@ class ViCo(LearnsToken):
     )
     switches_off = True
     looks_at_reference = True
-    term_labels = {"l_attention": "L_att: attention to the new word beyond the subject"}
+    term_labels = {"l_attention": "L_att: how the new word's attention differs from the end token's"}
 
     @classmethod
     def check(cls, recipe: Recipe, unet: nn.Module) -> None:
