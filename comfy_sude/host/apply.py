@@ -3,7 +3,7 @@
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from ..baselines import vico
+from ..image_attention import places
 from .placeholder import with_placeholder
 from .reference import ReferenceAttention, load_blocks
 
@@ -76,7 +76,7 @@ def _table(clip) -> str:
 def _reference(model, subject, tensors: dict[str, dict[str, Tensor]], strength: float) -> ReferenceAttention:
     """The subject's attention to its reference picture, for a MODEL that has the places for it."""
     settings = subject.metadata["reference"]
-    here = vico.places(model.model.diffusion_model)
+    here = places(model.model.diffusion_model)
     for place, heads in settings["heads"].items():
         width = len(tensors[f"{place}.norm1.weight"]["value"])
         if here.get(place) != (width, heads):

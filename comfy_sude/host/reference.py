@@ -14,7 +14,7 @@ from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..baselines.vico import Attend, ImageBlock, Record, key
+from ..image_attention import Attend, ImageBlock, Record, key
 from .placeholder import END, POSITIONS
 
 WRAPPER = "sude_reference"

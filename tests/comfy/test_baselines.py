@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from comfy_sude import image_attention
 from comfy_sude.baselines import REGISTRY, vico
 from comfy_sude.baselines.base import Baseline, Networks
 from comfy_sude.baselines.custom_diffusion import CustomDiffusion
@@ -153,11 +154,11 @@ def test_vico_trains_51_248_960_weights_beside_sd15_and_the_word(sd15):
         baseline = vico.ViCo(recipe("ViCo").checked(), Networks(sd15, nn.Module(), MetaWords()))
         assert baseline.trained == (51_248_960, 51_248_960)
         expected = {4: 1280, 6: 640, 8: 640, 10: 320}
-        assert vico.places(sd15) == {f"output_blocks.{n}.1": (width, 8) for n, width in expected.items()}
+        assert image_attention.places(sd15) == {f"output_blocks.{n}.1": (width, 8) for n, width in expected.items()}
         parts = nn.ModuleDict()
         with torch.device("meta"):
-            for place, (width, heads) in vico.places(sd15).items():
-                parts[vico.key(place)] = vico.ImageBlock(width, heads)
+            for place, (width, heads) in image_attention.places(sd15).items():
+                parts[image_attention.key(place)] = image_attention.ImageBlock(width, heads)
     assert sum(p.numel() for p in parts.parameters()) == 51_248_960
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from comfy_sude.baselines import vico
+from comfy_sude import image_attention
 from comfy_sude.host import model as host_model
 from comfy_sude.host.apply import apply_subject
 
@@ -92,15 +92,15 @@ def restated(models, subject, x, sigma, prompt_ids, at, strength=1.0):
     tensors = subject.of("reference")
     blocks = {}
     for place in PLACES:
-        block = vico.ImageBlock(320, 8)
+        block = image_attention.ImageBlock(320, 8)
         names = {name for name, _ in block.named_parameters()}
         block.load_state_dict({name: tensors[f"{place}.{name}"]["value"] for name in names})
-        blocks[vico.key(place)] = block
+        blocks[image_attention.key(place)] = block
     t = base.model_sampling.timestep(torch.tensor([sigma]))
-    record = vico.Record(PLACES)
+    record = image_attention.Record(PLACES)
     host_model.predict(base, tensors["latent"]["value"], t, prompt_ids, record)
-    masks = {place: vico.object_mask(record.maps[place][:, :, at]) for place in PLACES}
-    taps = vico.Attend(blocks, record.kept, masks, None, strength)
+    masks = {place: image_attention.object_mask(record.maps[place][:, :, at]) for place in PLACES}
+    taps = image_attention.Attend(blocks, record.kept, masks, None, strength)
     eps = host_model.predict(base, x / (sigma**2 + 1) ** 0.5, t, prompt_ids, taps)
     return x - sigma * eps
 
@@ -125,11 +125,11 @@ def test_taps_that_change_nothing_leave_the_prediction_as_it_is(models, load):
     for model in (models[0], load("sd21v", clip=False, vae="none")[0]):
         g = torch.Generator().manual_seed(1)
         base = host_model.build_unet(model)
-        places = vico.places(base.diffusion_model)
+        places = image_attention.places(base.diffusion_model)
         width = model.model.model_config.unet_config["context_dim"]
         x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([3, 700])
         context = torch.randn(2, 77, width, generator=g)
-        record = vico.Record(places)
+        record = image_attention.Record(places)
         assert torch.equal(host_model.predict(base, x, t, context), host_model.predict(base, x, t, context, record))
         for place in places:
             maps = record.maps[place]
@@ -306,18 +306,18 @@ def test_a_control_net_steers_the_picture_and_not_the_reference(models, subject,
     controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(positive, negative, net, picture, 0.7, 0.0, 1.0)
     positive_c, negative_c = controlled[:2]
     kept = []
-    masks = vico.Record.masks
+    masks = image_attention.Record.masks
 
     def keep(self, positions):
         kept.append({place: tokens.clone() for place, tokens in self.kept.items()})
         return masks(self, positions)
 
-    vico.Record.masks = keep
+    image_attention.Record.masks = keep
     try:
         with_net = Seen(model, clip, text=positive_c, negative=negative_c, steps=1)
         without = Seen(model, clip, text=positive, negative=negative, steps=1)
     finally:
-        vico.Record.masks = masks
+        image_attention.Record.masks = masks
     assert not close(with_net.samples, without.samples, 1e-3)
     assert with_net.references == without.references == [2]
     assert all(torch.equal(kept[0][place], kept[1][place]) for place in PLACES)

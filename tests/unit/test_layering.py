@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "comfy_sude"
 METHOD = ("sude", "diffusion", "captions", "recipe")
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 ABOVE = {"baselines", "bench", "finetune", "host", "nodes", "subject", "train"}
-WITHOUT_COMFYUI = (*METHOD, "data", "train", "chart", "store", "subject", "baselines", "scores")
+WITHOUT_COMFYUI = (*METHOD, "data", "image_attention", "train", "chart", "store", "subject", "baselines", "scores")
 
 
 def imported(path: Path) -> set[tuple[int, str]]:

@@ -17,6 +17,8 @@ from comfy_sude.diffusion import NoiseProcess
 from comfy_sude.recipe import Options, Prior, Recipe
 from comfy_sude.train import Predictors, Trainer
 
+from .attention_toy import Calls
+
 AB = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
 SUBJECT, CATEGORY, EMPTY = "photo of a sks dog", "photo of a dog", ""
 PRIORS = ("class images", "distillation", "off")
@@ -67,20 +69,6 @@ class ToyText(nn.Module):
     def forward(self, captions):
         rows = self.rows[[self.CAPTIONS.index(caption) for caption in captions]]
         return rows + self.q_proj(rows)
-
-
-class Calls:
-    """A network as the loop calls it, with every call written down: (arguments, whether it recorded a gradient)."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, []
-
-    def __call__(self, *args):
-        self.calls.append((args, torch.is_grad_enabled()))
-        return self.function(*args)
-
-    def rows(self, with_gradient: bool) -> int:
-        return sum(len(args[0]) for args, grad in self.calls if grad == with_gradient)
 
 
 class Toy:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from comfy_sude import image_attention
 from comfy_sude.baselines import vico
 from comfy_sude.baselines.base import Networks
-from comfy_sude.baselines.vico import ImageBlock, ViCo, ViCoSettings
+from comfy_sude.baselines.vico import ViCo, ViCoSettings
 from comfy_sude.data import Generators
+from comfy_sude.image_attention import ImageBlock
 from comfy_sude.recipe import Options, Prior, Recipe
 from comfy_sude.train import Predictors, Trainer
 
@@ -141,19 +143,19 @@ def test_the_mask_is_otsus_threshold_of_ten(kind):
             p = p * 0.1 + (torch.rand(2, 37, generator=g) > 0.7).float()
         if kind == "few values":
             p = (p * 3).round() / 3
-        assert vico.object_mask(p).tolist() == [otsu(row.tolist()) for row in p]
+        assert image_attention.object_mask(p).tolist() == [otsu(row.tolist()) for row in p]
 
 
 def test_a_map_that_is_the_same_everywhere_masks_nothing_and_no_gradient_goes_through_a_mask():
     p = torch.full((2, 9), 0.25)
-    assert vico.object_mask(p).all()
-    assert not vico.object_mask(torch.rand(1, 9, requires_grad=True)).requires_grad
+    assert image_attention.object_mask(p).all()
+    assert not image_attention.object_mask(torch.rand(1, 9, requires_grad=True)).requires_grad
 
 
 def test_the_regularisation_compares_maps_scaled_to_their_maximum():
     p = torch.rand(2, 11, requires_grad=True)
     q = torch.rand(2, 11, requires_grad=True)
-    loss = vico.attention_loss(p, q)
+    loss = image_attention.attention_loss(p, q)
     loss.sum().backward()
     p64 = p.detach().double().requires_grad_(True)
     expected = 0.0
@@ -193,7 +195,7 @@ def unet_like(transformers_of_blocks):
     ],
 )
 def test_places_are_every_second_decoder_transformer_from_the_deepest(transformers, expected):
-    found = vico.places(unet_like(transformers))
+    found = image_attention.places(unet_like(transformers))
     assert list(found) == [f"output_blocks.{number}.1" for number in expected]
     assert all(place == (16, 8) for place in found.values())
 
@@ -280,7 +282,7 @@ def test_the_first_step_is_the_restatements(vectors):
     unet, text = (network.double() for network in networks())
     token = toy.baseline.vectors.detach().double().requires_grad_(True)
     text.learn("*", token)
-    block = toy.baseline.blocks[vico.key(PLACES[0])]
+    block = toy.baseline.blocks[image_attention.key(PLACES[0])]
     p = {name: parameter.detach().double().requires_grad_(True) for name, parameter in block.named_parameters()}
     x_t = PROCESS.add_noise(z.double(), noise.double(), t)
     regulariser, squared = 0.0, 0.0
@@ -391,7 +393,7 @@ def test_with_the_blocks_c_and_u_see_the_reference_masked_at_the_category():
     assert not reference[1] and not noisy[1]
     assert torch.equal(reference[0][0], batch.reference.repeat(2, 1, 1, 1))
     context = toy.text([batch.categories[0], ""])
-    record = vico.Record(PLACES)
+    record = image_attention.Record(PLACES)
     toy.unet(batch.reference.repeat(2, 1, 1, 1), t.repeat(2), context, record)
     at = toy.text.sequence(batch.categories[0]).index("dog")
     masks = torch.tensor([otsu(row[:, at].tolist()) for row in record.maps[PLACES[0]]])
@@ -432,18 +434,20 @@ def plain_vico(*, seed, steps, lr, token_lr=5e-3):
         noise = torch.randn(z.shape, generator=g.noise)
         t = torch.randint(1000, (1,), generator=g.timesteps)
         context = text([caption])
-        record = vico.Record(PLACES)
+        record = image_attention.Record(PLACES)
         unet(z_r, t, context, record)
         maps, words = record.maps[PLACES[0]], text.sequence(caption)
         column, end = maps[..., words.index(("*", 0))], maps[..., words.index("<end>")]
-        taps = vico.Attend({vico.key(PLACES[0]): block}, record.kept, {PLACES[0]: vico.object_mask(column)})
+        taps = image_attention.Attend(
+            {image_attention.key(PLACES[0]): block}, record.kept, {PLACES[0]: image_attention.object_mask(column)}
+        )
         a = unet(PROCESS.add_noise(z, noise, t), t, context, taps)
-        loss = (a - noise).pow(2).mean() + 5e-4 * vico.attention_loss(column, end).mean()
+        loss = (a - noise).pow(2).mean() + 5e-4 * image_attention.attention_loss(column, end).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return {**{f"{vico.key(PLACES[0])}.{n}": p for n, p in block.named_parameters()}, "token": token}, losses
+    return {**{f"{image_attention.key(PLACES[0])}.{n}": p for n, p in block.named_parameters()}, "token": token}, losses
 
 
 def test_w_s_zero_is_plain_vico_bit_for_bit():
