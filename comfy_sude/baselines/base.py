@@ -107,7 +107,7 @@ class Baseline(ABC):
     """Posteriors of the subject's pictures, set by the Trainer."""
 
     def __init__(self, recipe: Recipe, networks: Networks):
-        self.recipe = recipe
+        self.recipe = recipe = recipe.checked()  # presets filled in, whoever made it
         self.networks = networks
         self.subject_caption = captions.prompt(self.words(recipe))
         self.category_caption = captions.category_caption(recipe.category)
