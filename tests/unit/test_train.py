@@ -376,7 +376,7 @@ def test_each_caption_is_encoded_once_a_step(prior):
 
 def test_captions_are_encoded_once_in_all_when_the_text_encoder_does_not_train():
     toy = Toy(lora=True)
-    object.__setattr__(toy.recipe.baseline, "train_text_encoder", False)
+    object.__setattr__(toy.baseline.recipe.baseline, "train_text_encoder", False)
     toy.run(5)
     assert sorted(caption for args, _ in toy.encode.calls for caption in args[0]) == sorted([SUBJECT, CATEGORY, EMPTY])
 
