@@ -268,8 +268,8 @@ def test_a_second_subject_acts_beside_the_first(models, subject, second):
     text = "photo of a * and <two>"
     seen = Seen(*both, text, steps=1)
     assert seen.references == [2, 2], "each has its own reference, not seen by the other's"
-    first_only = Seen(*one, text, steps=1)
-    second_only = Seen(*apply_subject(*models[:2], second), text, steps=1)
+    first_only = Seen(one[0], both[1], text, steps=1)  # the same prompts: only the attention differs
+    second_only = Seen(apply_subject(*models[:2], second)[0], both[1], text, steps=1)
     assert not close(seen.samples, first_only.samples, 1e-3) and not close(seen.samples, second_only.samples, 1e-3)
     assert len(both[0].get_nested_additional_models()) == 2
     swapped = Seen(*apply_subject(*apply_subject(*models[:2], second), subject), text, steps=1)
