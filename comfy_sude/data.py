@@ -134,3 +134,12 @@ class Generators:
         for index, name in enumerate(self.NAMES):
             generator = torch.Generator("cpu").manual_seed((seed * len(self.NAMES) + index) % 2**64)
             setattr(self, name, generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Where every stream is."""
+        return {name: getattr(self, name).get_state() for name in self.NAMES}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put every stream back to where it was."""
+        for name in self.NAMES:
+            getattr(self, name).set_state(state[name])

@@ -5,23 +5,30 @@ import gc
 import logging
 import traceback
 from functools import partial
-from pathlib import Path
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
-from . import captions, data, store
+from . import captions, data, store, subject
 from .baselines import REGISTRY
-from .baselines.base import Networks
-from .host import images, memory, text
+from .baselines.base import Baseline, Networks
+from .data import Latents
+from .host import images, memory, provenance, text
 from .host import model as host_model
-from .recipe import Prior, Recipe
+from .recipe import Recipe
+from .resume import Keeper
 from .subject import Subject
-from .train import Predictors, Trainer
+from .train import Log, Predictors, Trainer
+
+ALGORITHM = 1  # raised when the same recipe trains to another result, so that older ones are not taken for it
+WORTH_KEEPING = 1e9  # bytes: the state of a finished training up to this size is kept, for training on from it
 
 
-def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, class_images=None) -> Subject:
-    """Train a subject. The MODEL, CLIP and VAE are only read, whatever happens.
+def fine_tune(
+    model, clip, vae, image, recipe: Recipe, report, entries: store.Store, class_images=None, retrain: bool = False
+) -> Subject:
+    """Train a subject, or find it in the store. The MODEL, CLIP and VAE are only read, whatever happens.
 
     Args:
         model: ComfyUI MODEL (SD1.x or SD2.x).
@@ -30,38 +37,70 @@ def fine_tune(model, clip, vae, image, recipe: Recipe, report, cache: Path, clas
         image: [N, H, W, C] IMAGE of the subject; one picture is what the method is made for.
         recipe: what to do; checked here.
         report: a `host.progress.Progress`.
-        cache: folder for class images.
+        entries: where results, states of unfinished trainings and class images are kept.
         class_images: optional [N, H, W, C] IMAGE of the category; replaces drawing them.
+        retrain: train from the start, whatever the store has.
 
     Raises:
         ValueError: something given that no training can use, before anything is trained.
         FloatingPointError: the loss stopped being finite.
+        torch.OutOfMemoryError: with what would have fitted.
     """
     recipe = recipe.checked()
     process, side = check_inputs(model, clip, vae, recipe)
-    views = REGISTRY[recipe.method].views(recipe, data.check_images(image, "image"), side)
+    pictures = data.check_images(image, "image")
+    views = REGISTRY[recipe.method].views(recipe, pictures, side)
     if class_images is not None:
         class_images = data.check_images(class_images, "class_images")
     model = host_model.without_patches(model)
+
+    report.phase("looking for an earlier result", 1)
+    known = host_model.identities(model, clip, vae)
+    trajectory = _trajectory(clip, recipe, known, pictures, class_images, side)
+    memo = f"{trajectory}-{recipe.baseline.steps}"
+    if not retrain:
+        found = _remembered(entries, memo)
+        if found is not None:
+            return found
+    report.phase("preparing", 1)
     latent_format = model.get_model_object("latent_format")
     prior = recipe.options.prior
     prior_latents = None
     if prior.kind == "class images" and prior.active:
         if class_images is None:
-            class_images = _class_images(model, clip, vae, recipe, side, report, cache)
+            class_images = _class_images(model, clip, vae, recipe, known, side, report, entries)
         squares = data.to_square(class_images, side, recipe.options.fit)
         prior_latents = images.encode(vae, latent_format, squares, report, "encoding class images")
     example = images.encode(vae, latent_format, views.pixels, report, "encoding the example")
+    facts = provenance.facts(model, known["unet"], pictures, side, recipe.options.fit)
+    interval = recipe.options.keeping.save_interval
+    keeper = Keeper(entries, trajectory, recipe.baseline.steps, interval, report.notice)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            example, prior_latents = _ordinary(example, views), _ordinary(prior_latents)
-            return _train(model, clip, process, recipe, example, prior_latents, side, report)
+            latents = _ordinary(example, views), _ordinary(prior_latents)
+            trained = _train(model, clip, process, recipe, *latents, report, keeper, facts, retrain)
     except BaseException as error:
         # else the copies and the optimizer live for as long as the error is handled
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         gc.collect()
+    report.phase("keeping the result", 1)
+    done = f"{trajectory}-{trained.log.steps}"  # fewer than asked for if the person had enough
+    if entries.put("subject", done, *subject.packed(trained)):
+        if keeper.saved != trained.log.steps:
+            keeper.forget()  # the state of an earlier step has served its purpose
+    elif entries.limit > 0:
+        report.notice("the result could not be stored: save it with SuDe Save Subject")
+    return trained
+
+
+def _story(log: Log, steps: int, resumed: int) -> str:
+    """How a training went, in a few words."""
+    went = f"{log.steps} steps in {log.seconds:.0f} s"
+    if log.steps < steps:
+        went = f"stopped after {log.steps} of {steps} steps"
+    return went + (f", resumed at step {resumed}" if resumed else "")
 
 
 def check_inputs(model, clip, vae, recipe: Recipe):
@@ -79,28 +118,65 @@ def check_inputs(model, clip, vae, recipe: Recipe):
     return process, recipe.options.resolution or host_model.native_resolution(model)
 
 
-def _class_images(model, clip, vae, recipe: Recipe, side: int, report, cache: Path) -> Tensor:
-    """[number, side, side, 3] class images from the store, or drawn now and stored as bytes."""
-    prior: Prior = recipe.options.prior
-    caption = captions.category_caption(recipe.category)
-    report.phase("looking for class images", 1)
-    settings = {name: value for name, value in dataclasses.asdict(prior).items() if name not in ("kind", "w_r")}
-    name = store.key(
-        what="class images 1", models=host_model.identity(model, clip, vae), caption=caption, side=side, **settings
+def _trajectory(clip, recipe: Recipe, known: dict, pictures: Tensor, class_images: Tensor | None, side: int) -> str:
+    """Key of everything that decides a training, but for how many steps it takes."""
+    decided = recipe.as_dict()
+    del decided["baseline"]["steps"]
+    wanted = [caption for pair in REGISTRY[recipe.method].all_captions(recipe) for caption in pair]
+    return store.key(
+        what=f"training {ALGORITHM}",
+        recipe=decided,
+        side=side,
+        models=[known[name] for name in ("model", "clip", "vae")],
+        tokens=text.tokens_hash(clip, [*wanted, captions.EMPTY]),
+        example=store.tensor_hash([("image", pictures)]),
+        class_images=store.tensor_hash([("image", class_images)]) if class_images is not None else "",
     )
-    entries = store.Store(cache / "class_images")
-    found = entries.get(name)
-    if found is not None and found["images"].shape == (prior.number, side, side, 3):
-        logging.info("SuDe: %d class images of %r found on disk", prior.number, recipe.category)
-        return found["images"].float() / 255
-    drawn = images.draw_class_images(model, clip, vae, caption, side, prior, report)
-    pictures = (drawn * 255).round().to(torch.uint8)
-    entries.put(name, {"images": pictures}, {"caption": caption})
-    return pictures.float() / 255
 
 
-def _train(model, clip, process, recipe: Recipe, example, prior_latents, side: int, report) -> Subject:
-    """Build the copies, train them, take the result as differences, release everything."""
+def _remembered(entries: store.Store, memo: str) -> Subject | None:
+    """The finished subject of this very training, if the store has it."""
+    found = entries.get("subject", memo)
+    if found is None:
+        return None
+    try:
+        known = subject.unpacked(*found)
+    except ValueError as error:  # of another version of the pack
+        logging.warning("SuDe: a stored subject is not used: %s", error)
+        return None
+    trained = known.metadata.get("trained", "")
+    return dataclasses.replace(known, story=f"reused, nothing trained ({known.log.steps} steps, {trained})")
+
+
+def _class_images(model, clip, vae, recipe: Recipe, known: dict, side: int, report, entries: store.Store) -> Tensor:
+    """[number, side, side, 3] class images, those drawn before from the store, the others drawn and stored as bytes."""
+    prior = recipe.options.prior
+    caption = captions.category_caption(recipe.category)
+    settings = {
+        name: value for name, value in dataclasses.asdict(prior).items() if name not in ("kind", "w_r", "number")
+    }
+    name = store.key(
+        what="class images 2",
+        models=[known[part] for part in ("model", "clip", "vae")],
+        tokens=text.tokens_hash(clip, [caption, prior.negative_prompt]),
+        side=side,
+        **settings,
+    )
+
+    def find(first: int, count: int) -> Tensor | None:
+        found = entries.get("class_images", f"{name}-{first}-{count}")
+        return None if found is None else found[0]["images"].float() / 255
+
+    def keep(first: int, drawn: Tensor) -> Tensor:
+        pictures = (drawn * 255).round().to(torch.uint8)
+        entries.put("class_images", f"{name}-{first}-{len(drawn)}", {"images": pictures}, {"caption": caption})
+        return pictures.float() / 255
+
+    return images.draw_class_images(model, clip, vae, caption, side, prior, report, find, keep)
+
+
+def _train(model, clip, process, recipe: Recipe, example, prior_latents, report, keeper: Keeper, facts, retrain):
+    """Build the copies, train them (on from a stored state), take the result as differences, release everything."""
     report.phase("copying the networks", 1)
     device = model.load_device
     base = host_model.build_unet(model)
@@ -112,31 +188,55 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, side: i
     encoder = text.Encoder(clip, text_encoder, device)
     baseline = REGISTRY[recipe.method](recipe, Networks(base.diffusion_model, text_encoder, encoder))
     copies = [base, text_encoder] + ([frozen] if frozen else [])
-    with memory.Residence(copies, device, memory.estimate(baseline, example.mean.shape[-2:])):
-        predictors = Predictors(
-            process=process,
-            predict=partial(host_model.predict, base),
-            encode=encoder,
-            device=device,
-            frozen=partial(host_model.predict, frozen) if frozen else None,
+    size = example.mean.shape[-2:]
+    trainer = None
+    try:
+        with memory.Residence(copies, device, memory.estimate(baseline, size)):
+            predictors = Predictors(
+                process=process,
+                predict=partial(host_model.predict, base),
+                encode=encoder,
+                device=device,
+                frozen=partial(host_model.predict, frozen) if frozen else None,
+            )
+            trainer = Trainer(baseline, predictors, example, prior_latents)
+            resumed = 0 if retrain else keeper.resume(trainer)
+            log = trainer.run(report, after_step=keeper.after_step)
+            report.phase("taking the result", 1)
+            if _small(trainer) or log.steps < recipe.baseline.steps:
+                keeper.save(trainer)  # for a longer training to go on from
+            trainer.optimizer = None  # its states are half of the memory; the result needs none of them
+            tensors = dict(_differences(model, clip, baseline))
+    except BaseException as error:
+        raise _explained(error, trainer, keeper, baseline, size, device) from None
+    metadata = provenance.metadata(baseline, log, facts)
+    return Subject(tensors, metadata, log, _story(log, recipe.baseline.steps, resumed))
+
+
+def _small(trainer: Trainer) -> bool:
+    """Whether a finished training's state is worth its room on the disk."""
+    return 3 * sum(p.numel() * p.element_size() for p in trainer.parameters) <= WORTH_KEEPING
+
+
+def _explained(
+    error: BaseException, trainer: Trainer | None, keeper: Keeper, baseline: Baseline, size, device
+) -> BaseException:
+    """What to raise for an error in training, after keeping what was paid for."""
+    interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+    if trainer is not None and trainer.log.steps and not isinstance(error, FloatingPointError):
+        if interrupted and baseline.recipe.options.keeping.on_interrupt == "discard":
+            keeper.forget()
+        elif keeper.save(trainer):
+            logging.info("SuDe: the state of step %d is kept; queueing the same again goes on from it", keeper.saved)
+    if isinstance(error, FloatingPointError) and keeper.saved:
+        return FloatingPointError(
+            f"{error} The state of step {keeper.saved} is kept: queue with steps {keeper.saved} to use it as it is."
         )
-        trainer = Trainer(baseline, predictors, example, prior_latents)
-        log = trainer.run(report)
-        trainer.optimizer = None  # its states are half of the memory; the result needs none of them
-        report.phase("taking the result", 1)
-        tensors = dict(_differences(model, clip, baseline))
-    metadata = {
-        "format": 1,
-        "category": recipe.category,
-        "identifier": recipe.baseline.identifier,
-        "subject": baseline.words(recipe),
-        "method": recipe.method,
-        "recipe": recipe.as_dict(),
-        "checkpoint": host_model.checkpoint_name(model),
-        "resolution": side,
-        **baseline.notes(),
-    }
-    return Subject(tensors, metadata, log)
+    if memory.is_out_of_memory(error):
+        kept = f" The state of step {keeper.saved} is kept." if keeper.saved else ""
+        advice = memory.advice(baseline, size, comfy.model_management.get_free_memory(device))
+        return torch.OutOfMemoryError(f"{advice}{kept}")
+    return error
 
 
 def _differences(model, clip, baseline):
@@ -154,11 +254,11 @@ def _differences(model, clip, baseline):
             yield (network, prefix + name), on_cpu
 
 
-def _ordinary(latents: data.Latents | None, views: data.Views | None = None) -> data.Latents | None:
+def _ordinary(latents: Latents | None, views: data.Views | None = None) -> Latents | None:
     """The same latents, of these views, as tensors autograd may see."""
     if latents is None:
         return None
     if views is not None:
         known = (views.masks, views.weights)
         views = data.Views((), views.prefixes, *(x if x is None else x.clone() for x in known))
-    return data.Latents(latents.mean.clone(), None if latents.std is None else latents.std.clone(), views)
+    return Latents(latents.mean.clone(), None if latents.std is None else latents.std.clone(), views)

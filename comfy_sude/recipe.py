@@ -63,6 +63,34 @@ class Prior:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """What is kept on disk. Nothing here changes what a training learns."""
+
+    on_interrupt: str = choice(
+        "keep",
+        ("keep", "discard"),
+        "When you interrupt a training. keep: its state is saved, and queueing the same again goes on from there. "
+        "discard: it starts over.",
+    )
+    save_interval: float = numeric(
+        60.0,
+        0.0,
+        86400.0,
+        1.0,
+        "Seconds of training between two saves of its state, from which it goes on after a crash. Large states are "
+        "saved less often, so that saving takes at most a twentieth of the time.",
+    )
+    store_limit: float = numeric(
+        20.0,
+        0.0,
+        100_000.0,
+        1.0,
+        "Gigabytes that results, states and class images may take in ComfyUI's user folder. What was not used for the "
+        "longest time goes first; 0 keeps nothing.",
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """What every baseline asks for. A baseline's own file subclasses this with its published presets.
 
@@ -142,6 +170,7 @@ class Options:
     sample_latent: bool = plain(
         True, "Draw the latent from the VAE's posterior at every step (code), or take its mode."
     )
+    keeping: Keeping = field(default_factory=Keeping)
 
 
 @dataclass(frozen=True)
@@ -164,8 +193,10 @@ class Recipe:
         return distils or (self.options.reference == "pretrained" and self.baseline.w_s > 0)
 
     def as_dict(self) -> dict:
-        """Nested plain values, for metadata and hashing."""
-        return dataclasses.asdict(self)
+        """Nested plain values of all that decides the result, for metadata and hashing."""
+        values = dataclasses.asdict(self)
+        del values["options"]["keeping"]
+        return values
 
     def checked(self) -> "Recipe":
         """This recipe with tidy captions and the baseline's own values in place of "preset" and 0.
@@ -173,26 +204,32 @@ class Recipe:
         Raises:
             ValueError: a value no training can use: what was given, what is wrong, what to do.
         """
-        if not 0 <= self.seed < 2**64:
+        if not _within(self.seed, 0, 2**64 - 1, whole=True):
             raise ValueError(f"training_seed is {self.seed}, but it must be a whole number from 0 to 2^64 - 1.")
-        for values in (self.baseline, self.options, self.options.prior):
+        for values in (self.baseline, self.options, self.options.prior, self.options.keeping):
             check_values(values)
         if 0 < self.options.resolution < 64 or self.options.resolution % 8:
             raise ValueError(
                 f"resolution is {self.options.resolution}: it must be 0 (automatic) or a multiple of 8 from 64 on."
             )
         category, identifier = captions.check(self.category, self.baseline.identifier)
-        baseline = dataclasses.replace(self.baseline, identifier=identifier)
-        prior = baseline.PRIOR if self.options.prior.kind == "preset" else self.options.prior
+        baseline = dataclasses.replace(tidy(self.baseline), identifier=identifier)
+        prior = tidy(baseline.PRIOR if self.options.prior.kind == "preset" else self.options.prior)
         if prior.active and not baseline.TAKES_PRIOR:
             raise ValueError(
                 f"prior is {prior.kind!r}, but {self.method} leaves the model as it is and has nothing to preserve: "
                 "set prior to 'preset' or 'off' in SuDe Training Options."
             )
         options = dataclasses.replace(
-            self.options, prior=prior, batch_size=self.options.batch_size or baseline.BATCH_SIZE
+            tidy(self.options), prior=prior, batch_size=self.options.batch_size or baseline.BATCH_SIZE
         )
-        return dataclasses.replace(self, category=category, baseline=baseline, options=options)
+        return dataclasses.replace(self, category=category, baseline=baseline, options=options, seed=int(self.seed))
+
+
+def tidy(values):
+    """A dataclass of settings with every number of its field's type, so that 1 and 1.0 are the same recipe."""
+    kinds = {spec.name: type(spec.default) for spec in dataclasses.fields(values) if "low" in spec.metadata}
+    return dataclasses.replace(values, **{name: kind(getattr(values, name)) for name, kind in kinds.items()})
 
 
 def check_values(values) -> None:

@@ -10,6 +10,7 @@ Pure torch: the networks come in as callables (`Networks`), so the loop runs wit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,19 @@ from .recipe import Options
 
 TERMS = ("l_sub", "l_sude", "l_prior", "gate", "gap")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Report(Protocol):
+    """Who follows a training; see `host.progress.Progress`. Any call may raise to stop it."""
+
+    enough: bool
+    """Whether the person wants to go on with what has been learned so far."""
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """Begin a phase of so many steps, of which some may be done already."""
+
+    def step(self, done: int, line: str) -> None:
+        """So many of the phase's steps are done."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(predictors.device.type, enabled=recipe.options.precision == "fp16")
         self.terms = (*TERMS, *baseline.own_terms)
         self.log = Log({term: [] for term in self.terms}, labels=baseline.term_labels)
+        self.whole = True  # False while an optimizer step is half done
         self._fixed: dict[str, Tensor] = {}
         self._pretrained: dict[str, Tensor] = {}
         if recipe.uses_pretrained:
@@ -100,28 +115,55 @@ class Trainer:
                 for caption in fixed:
                     self._pretrained[caption] = predictors.encode([caption])[0].float().clone()
 
-    def run(self, report, steps: int | None = None) -> Log:
-        """Do the recipe's steps (or `steps` of them), reporting each; see `host.progress.Progress` for `report`."""
+    def run(
+        self, report: Report, steps: int | None = None, after_step: Callable[["Trainer"], None] | None = None
+    ) -> Log:
+        """Train until the recipe's steps (or `steps`) are done or the report says `enough`, reporting each step.
+
+        Args:
+            report: told of every step.
+            steps: in all, those done before included.
+            after_step: called with this trainer after each report.
+        """
         total = self.recipe.baseline.steps if steps is None else steps
-        report.phase("training", total)
-        began = time.monotonic()
-        for index in range(total):
+        report.phase("training", total, self.log.steps)
+        began = time.monotonic() - self.log.seconds
+        while self.log.steps < total and not (report.enough and self.log.steps):
             self.step()
             self.log.seconds = time.monotonic() - began
-            report.step(index + 1, self._line())
+            report.step(self.log.steps, self._line())
+            if after_step is not None:
+                after_step(self)
         return self.log
 
     def step(self) -> None:
-        """One optimizer step.
+        """One optimizer step. If it fails before the weights change, the random streams are where they were.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
+        before = self.generators.state()
+        try:
+            values = self._backward()
+        except BaseException:
+            self.generators.restore(before)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        self.whole = False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in zip(self.terms, values, strict=True):
+            self.log.values[name].append(value)
+        self.whole = True
+
+    def _backward(self) -> list[float]:
+        """The loss of one batch with its gradients; the values of its terms."""
         terms = self.losses()
         loss = terms["l_sub"] + self.recipe.baseline.w_s * terms["l_sude"] + self.options.prior.w_r * terms["l_prior"]
         loss = loss + sum(weight * terms[name] for name, weight in self.baseline.own_terms.items())
-        values = torch.stack([loss.detach(), *(terms[name].detach() for name in self.terms)]).tolist()
-        if not values[0] - values[0] == 0:
+        total, *values = torch.stack([loss.detach(), *(terms[name].detach() for name in self.terms)]).tolist()
+        if not total - total == 0:
             raise FloatingPointError(
                 f"the loss is not finite at step {self.log.steps + 1}: use a smaller learning rate or w_s, or "
                 "precision fp32."
@@ -131,11 +173,7 @@ class Trainer:
         if self.options.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        for name, value in zip(self.terms, values[1:], strict=True):
-            self.log.values[name].append(value)
+        return values
 
     def losses(self) -> dict[str, Tensor]:
         """Draw one batch and compute every term (scalars, before their weights)."""
@@ -208,9 +246,9 @@ class Trainer:
         changing = [caption for caption in wanted if self.baseline.changes(caption)]
         fresh = [caption for caption in wanted if caption not in self._fixed and caption not in changing]
         with self._autocast():
-            if fresh:
-                with torch.no_grad():
-                    self._fixed |= zip(fresh, self.on.encode(fresh).float(), strict=True)
+            with torch.no_grad():
+                for caption in fresh:  # one by one: the same bits whichever captions a resumed training meets first
+                    self._fixed[caption] = self.on.encode([caption])[0].float()
             encoded = dict(zip(changing, self.on.encode(changing), strict=True)) if changing else {}
         return {caption: encoded[caption] if caption in encoded else self._fixed[caption] for caption in wanted}
 

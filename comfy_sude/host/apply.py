@@ -1,9 +1,12 @@
 """A Subject -> patches on clones of MODEL and CLIP."""
 
+import logging
+
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..image_attention import places
+from .model import base_hash, checkpoint_name, family
 from .placeholder import with_placeholder
 from .reference import ReferenceAttention, load_blocks
 
@@ -17,6 +20,12 @@ def apply_subject(model, clip, subject, strength_model: float = 1.0, strength_cl
     Raises:
         ValueError: the subject does not belong to this model or text encoder.
     """
+    trained_on = subject.metadata.get("base", {}).get("family")
+    if trained_on and trained_on != family(model):
+        raise ValueError(
+            f"subject was trained on a model of the family {trained_on}, and this model is of the family "
+            f"{family(model)}: load a checkpoint of its family."
+        )
     model, clip = (
         _with_weights(host, patcher, network, subject, strength)
         for network, host, patcher, strength in (
@@ -37,6 +46,17 @@ def apply_subject(model, clip, subject, strength_model: float = 1.0, strength_cl
     if reference and strength_model != 0:
         _reference(model, subject, reference, strength_model).attach(model)
     return model, clip
+
+
+def differences(model, subject) -> list[str]:
+    """A warning if the MODEL's weights are not those the subject was trained on, else nothing."""
+    base = subject.metadata.get("base", {})
+    if not base.get("sha256") or base["sha256"] == base_hash(model):
+        return []
+    name, here = base.get("checkpoint") or "another checkpoint", checkpoint_name(model) or "another"
+    text = f"trained on {name}, this is {here}" if name != here else f"trained on another file named {name}"
+    logging.warning("SuDe: the subject was %s: it works, but may look different.", text)
+    return [f"note: {text}; it may look different"]
 
 
 def _with_weights(host, patcher, network: str, subject, strength: float):
@@ -78,15 +98,20 @@ def _reference(model, subject, tensors: dict[str, dict[str, Tensor]], strength: 
     settings = subject.metadata["reference"]
     here = places(model.model.diffusion_model)
     for place, heads in settings["heads"].items():
-        width = len(tensors[f"{place}.norm1.weight"]["value"])
+        norm = tensors.get(f"{place}.norm1.weight", {}).get("value")
+        width = len(norm) if norm is not None and norm.ndim else 0
         if here.get(place) != (width, heads):
             raise ValueError(
                 f"subject does not fit this model: it attends to its picture at {place}, {width} wide, where the "
                 f"model has {here[place][0] if place in here else 'nothing'}. Use a checkpoint of the family it was "
                 "trained on."
             )
+    try:
+        blocks = load_blocks(tensors, settings["heads"])
+    except RuntimeError as error:
+        raise ValueError("subject's attention to its picture is not whole: get its file again.") from error
     return ReferenceAttention(
-        load_blocks(tensors, settings["heads"]),
+        blocks,
         list(settings["heads"]),
         tensors["latent"]["value"],
         subject.metadata["identifier"],

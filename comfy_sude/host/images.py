@@ -1,6 +1,6 @@
 """Pictures through the incoming models: VAE posteriors of pictures, and class images drawn by the incoming MODEL."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
 import comfy.sample
@@ -69,28 +69,56 @@ def _encode_with_moments(vae, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     return mode, moments
 
 
-def draw_class_images(model, clip, vae, caption: str, side: int, prior: Prior, report) -> Tensor:
+def draw_class_images(
+    model,
+    clip,
+    vae,
+    caption: str,
+    side: int,
+    prior: Prior,
+    report,
+    find: Callable[[int, int], Tensor | None],
+    keep: Callable[[int, Tensor], Tensor],
+) -> Tensor:
     """[number, side, side, 3] pictures of the category in [0, 1], from the MODEL as it came in.
 
+    A few at a time, each batch kept as soon as it is drawn and found again another time.
     Source: released code, stable_txt2img.py:253-296 (DDIM, eta 0, its CFG and negative prompt).
+
+    Args:
+        model: ComfyUI MODEL.
+        clip: ComfyUI CLIP.
+        vae: ComfyUI VAE.
+        caption: of the category.
+        side: px.
+        prior: number, sampling settings and seed.
+        report: progress.
+        find: (index of a batch's first picture, number of pictures) -> [count, side, side, 3] drawn before, or None.
+        keep: (index of the first, pictures) -> the pictures as `find` will give them.
     """
-    positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize(prior.negative_prompt))
     noise_source = torch.Generator("cpu").manual_seed(prior.image_seed)
-    report.phase("drawing class images", prior.number * prior.steps)
+    conditionings: list = []
+    report.phase("looking for class images", prior.number * prior.steps)
     pictures = []
-    while sum(map(len, pictures)) < prior.number:
-        done = sum(map(len, pictures))
-        count = min(DRAW_AT_ONCE, prior.number - done)
+    for first in range(0, prior.number, DRAW_AT_ONCE):
+        count = min(DRAW_AT_ONCE, prior.number - first)
         noise = torch.randn(count, 4, side // 8, side // 8, generator=noise_source)
+        batch = find(first, count)
+        if batch is None or batch.shape != (count, side, side, 3):
+            if not conditionings:
+                report.phase("drawing class images", prior.number * prior.steps)
+                texts = (caption, prior.negative_prompt)
+                conditionings = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
 
-        def progress(step, _x0, _x, total, done=done, count=count):
-            report.step(done * prior.steps + count * (step + 1) * prior.steps // total, f"{done}/{prior.number} drawn")
+            def progress(step, _x0, _x, total, first=first, count=count):
+                done = first * prior.steps + count * (step + 1) * prior.steps // total
+                report.step(done, f"{first}/{prior.number} drawn")
 
-        latents = comfy.sample.sample(
-            model, noise, prior.steps, prior.cfg, prior.sampler, prior.scheduler, positive, negative,
-            torch.zeros_like(noise), callback=progress, disable_pbar=True, seed=prior.image_seed,
-        )  # fmt: skip
-        pictures.append(vae.decode(latents).detach().cpu().float().clamp(0, 1))
-        comfy.model_management.throw_exception_if_processing_interrupted()
+            latents = comfy.sample.sample(
+                model, noise, prior.steps, prior.cfg, prior.sampler, prior.scheduler, *conditionings,
+                torch.zeros_like(noise), callback=progress, disable_pbar=True, seed=prior.image_seed,
+            )  # fmt: skip
+            batch = keep(first, vae.decode(latents).detach().cpu().float().clamp(0, 1))
+        pictures.append(batch)
+        report.step((first + count) * prior.steps, f"{first + count}/{prior.number} class images")
     return torch.cat(pictures)

@@ -1,17 +1,22 @@
 """Own networks under ComfyUI's memory management: room is asked for, counted, and given back."""
 
+import dataclasses
 import logging
+from collections.abc import Iterator
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
 from torch import nn
 
-from ..baselines import Baseline
+from ..baselines import REGISTRY, Baseline
+from ..baselines.dreambooth_lora import DreamBoothLoRASettings
+from ..recipe import Recipe
 
 # Counted on SD1.5's UNet at 64 x 64 in fp32: autograd keeps 4.8 GB a sample; with checkpoints 0.6 GB, and one block.
 ACTIVATION_BYTES = 1_170_000  # per latent cell and sample
 CHECKPOINTED = 0.2  # share of them left with one checkpoint per transformer block
+HALF = 0.5  # share of activations and frozen weights left with bf16 or fp16
 
 
 def estimate(baseline: Baseline, latent_size: tuple[int, int]) -> float:
@@ -24,7 +29,100 @@ def estimate(baseline: Baseline, latent_size: tuple[int, int]) -> float:
     activations = ACTIVATION_BYTES * samples * latent_size[0] * latent_size[1]
     if options.gradient_checkpointing:
         activations *= CHECKPOINTED
+    if options.precision != "fp32":
+        activations *= HALF
     return 4 * (states * trained + added) + activations
+
+
+def needed(baseline: Baseline, latent_size: tuple[int, int]) -> float:
+    """Bytes a training needs in all: `estimate` and the weights of the copies (rough)."""
+    recipe, networks = baseline.recipe, baseline.networks
+    unet, text = (sum(p.numel() for p in module.parameters()) for module in (networks.unet, networks.text_encoder))
+    trained, added = baseline.trained
+    if recipe.uses_pretrained and not baseline.switches_off:
+        unet *= 2
+    frozen = unet + text - (trained - added)
+    share = HALF if recipe.options.precision != "fp32" else 1.0
+    return 4 * (trained - added + share * frozen) + estimate(baseline, latent_size)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the computer had no memory left."""
+    known = isinstance(error, (comfy.model_management.OOM_EXCEPTION, MemoryError))
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error) or _is_oom(error))
+
+
+def _is_oom(error: BaseException) -> bool:
+    """ComfyUI's own answer, which knows asynchronous errors of a GPU; older versions have none."""
+    return getattr(comfy.model_management, "is_oom", lambda _error: False)(error)
+
+
+def advice(baseline: Baseline, latent_size: tuple[int, int], free: float) -> str:
+    """What to say when memory ran out: the least changes that would have fitted, with gigabytes.
+
+    Args:
+        baseline: what was to be trained.
+        latent_size: latent rows and columns.
+        free: bytes the device has for a training.
+    """
+    now = needed(baseline, latent_size)
+    budget = min(free, 0.9 * now)  # the estimate is rough: what is hardly less than now is no help
+    said, smallest = [], ("", now)
+    for text, recipe, size in _smaller(baseline.recipe, latent_size):
+        need = needed(REGISTRY[recipe.method](recipe, baseline.networks), size)
+        if need <= budget:
+            said.append(f"{text} (about {need / 1e9:.1f} GB)")
+        if need < smallest[1]:
+            smallest = (text, need)
+    if said:
+        remedy = f"Any of these should fit: {'; '.join(said[:4])}."
+    else:
+        remedy = (
+            f"The least this can need is about {smallest[1] / 1e9:.1f} GB, with {smallest[0] or 'what is set now'}."
+        )
+    return (
+        f"out of memory: this training needs about {now / 1e9:.1f} GB, {free / 1e9:.1f} GB were free. {remedy} The "
+        "options are in SuDe Training Options."
+    )
+
+
+def _smaller(recipe: Recipe, size: tuple[int, int]) -> Iterator[tuple[str, Recipe, tuple[int, int]]]:
+    """Recipes that need less memory, with their latent size and what to change: single changes, then all together."""
+    options = recipe.options
+    changes = {
+        "gradient_checkpointing on": {"gradient_checkpointing": True},
+        "precision bf16": {"precision": "bf16"},
+        "optimizer Adafactor": {"optimizer": "Adafactor"},
+        "batch_size 1": {"batch_size": 1},
+        "reference current": {"reference": "current"},
+    }
+    changes = {
+        text: change for text, change in changes.items() if any(getattr(options, k) != v for k, v in change.items())
+    }
+    if options.precision != "fp32":
+        changes.pop("precision bf16", None)
+    for text, change in changes.items():
+        yield text, dataclasses.replace(recipe, options=dataclasses.replace(options, **change)), size
+    together = dataclasses.replace(
+        options, **{name: value for change in changes.values() for name, value in change.items()}
+    )
+    if len(changes) > 1:
+        yield " with ".join(changes), dataclasses.replace(recipe, options=together), size
+    half = (max(8, size[0] // 2), max(8, size[1] // 2))
+    if half != size:
+        resolution = f"resolution {8 * half[0]}"
+        yield resolution, recipe, half
+    if recipe.method != "DreamBooth LoRA":
+        settings = DreamBoothLoRASettings(w_s=recipe.baseline.w_s)
+        lora = dataclasses.replace(recipe, method="DreamBooth LoRA", baseline=settings)
+        yield "baseline DreamBooth LoRA", lora, size
+        yield (
+            " with ".join(["baseline DreamBooth LoRA", *changes]),
+            dataclasses.replace(lora, options=together),
+            size,
+        )
+    if half != size:
+        yield " with ".join([resolution, *changes]), dataclasses.replace(recipe, options=together), half
 
 
 class Residence:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..diffusion import NoiseProcess
-from ..store import tensor_hash
+from ..store import key, tensor_hash
 from .reference import with_taps
 
 FAMILIES = {"SD15": 512, "SD20": 512}  # supported model configs and their native side in pixels
 V_PREDICTION_SIDE = 768  # SD2.x-v
 PREFIX = "diffusion_model."
+UNUSED = ("logit_scale", "text_projection.weight")  # of text encoders: no encoding depends on them
 
 
 def check_supported(model) -> NoiseProcess:
@@ -35,17 +37,22 @@ def check_supported(model) -> NoiseProcess:
     Raises:
         ValueError: no SD1.x or SD2.x model, an inpainting UNet, or a noise process that is not discrete eps or v.
     """
-    family = type(model.model.model_config).__name__
     channels = model.model.model_config.unet_config.get("in_channels")
-    if family not in FAMILIES:
+    if family(model) not in FAMILIES:
         raise ValueError(
-            f"model is of the family {family}, which SuDe Fine-Tune does not train yet: load an SD1.x or SD2.x one."
+            f"model is of the family {family(model)}, which SuDe Fine-Tune does not train yet: load an SD1.x or SD2.x "
+            "one."
         )
     if channels != 4:
         raise ValueError(
             f"model is an inpainting or edit UNet ({channels} input channels): load the plain text-to-image checkpoint."
         )
     return NoiseProcess.from_model_sampling(model.get_model_object("model_sampling"))
+
+
+def family(model) -> str:
+    """ComfyUI's name of a MODEL's architecture: "SD15", "SD20", "SDXL"."""
+    return type(model.model.model_config).__name__
 
 
 def without_patches(model):
@@ -81,7 +88,7 @@ def native_resolution(model) -> int:
             return int(side) // 8 * 8
     if NoiseProcess.from_model_sampling(model.get_model_object("model_sampling")).prediction == "v":
         return V_PREDICTION_SIDE
-    return FAMILIES[type(model.model.model_config).__name__]
+    return FAMILIES[family(model)]
 
 
 def _checkpoint_path(model) -> Path | None:
@@ -96,21 +103,46 @@ def checkpoint_name(model) -> str:
     return path.name if path else ""
 
 
-def identity(model, clip, vae) -> str:
-    """Hash of what MODEL, CLIP and VAE are: every weight and every patch on it; the same in any process."""
-    digest = hashlib.sha256()
-    for patcher in (model, clip.patcher, vae.patcher):
-        weights = patcher.get_key_patches() if patcher is not vae.patcher else {}
-        named = [(key, entry[0][0]) for key, entry in sorted(weights.items())]
-        named = named or sorted(patcher.model.state_dict().items())
-        digest.update(tensor_hash(named).encode())
-        for key in sorted(patcher.patches):
-            for strength, value, strength_model, offset, _function in patcher.patches[key]:
-                digest.update(f"{key} {strength} {strength_model} {offset} {type(value).__name__}".encode())
-                digest.update(tensor_hash(_tensors(value)).encode())
-    digest.update(str(clip.layer_idx).encode())
+def identities(model, clip, vae) -> dict[str, str]:
+    """Hashes of what MODEL, CLIP and VAE are, every weight and every patch on it; the same in any process.
+
+    "unet" is that of the MODEL's own weights, without patches and settings.
+    """
+    unet = _weights_hash(model)
     sampling = model.get_model_object("model_sampling")
-    digest.update(tensor_hash([(" ".join(base.__name__ for base in type(sampling).__mro__), sampling.sigmas)]).encode())
+    settings = " ".join(base.__name__ for base in type(sampling).__mro__)
+    return {
+        "unet": unet,
+        "model": key(unet=unet, patches=_patches_hash(model), sampling=tensor_hash([(settings, sampling.sigmas)])),
+        "clip": key(weights=_weights_hash(clip.patcher), patches=_patches_hash(clip.patcher), layer=clip.layer_idx),
+        "vae": tensor_hash(sorted(vae.patcher.model.state_dict().items())),
+    }
+
+
+def base_hash(model) -> str:
+    """`identities`' "unet" of a MODEL, computed once for each loaded checkpoint."""
+    network = model.model
+    if network not in _HASHES:
+        _HASHES[network] = _weights_hash(model)
+    return _HASHES[network]
+
+
+_HASHES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _weights_hash(patcher) -> str:
+    """Hash of a patcher's weights as they were loaded, but for what no checkpoint of these families has."""
+    weights = sorted(patcher.get_key_patches().items())
+    return tensor_hash((name, entry[0][0]) for name, entry in weights if not name.endswith(UNUSED))
+
+
+def _patches_hash(patcher) -> str:
+    """Hash of the patches on a patcher's weights."""
+    digest = hashlib.sha256()
+    for name in sorted(patcher.patches):
+        for strength, value, strength_model, offset, _function in patcher.patches[name]:
+            digest.update(f"{name} {strength} {strength_model} {offset} {type(value).__name__}".encode())
+            digest.update(tensor_hash(_tensors(value)).encode())
     return digest.hexdigest()
 
 

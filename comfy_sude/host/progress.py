@@ -12,15 +12,33 @@ LOG_INTERVAL = 15.0  # seconds between two log lines
 SILENCE = 1.0  # seconds after which the text is sent again, so that nobody takes a slow step for the end
 
 
+_running: dict[str, "Progress"] = {}  # by node
+
+
+def finish_early(node_id: str) -> bool:
+    """Let the training of a node end after its next step and go on with what there is; whether there is one.
+
+    Args:
+        node_id: of the node in its own graph; inside subgraphs the executor's id ends with it ("12:5").
+    """
+    found = [report for name, report in list(_running.items()) if name == node_id or name.endswith(f":{node_id}")]
+    for report in found:
+        report.enough = True
+    return bool(found)
+
+
 class Progress:
     """Progress bar, text line on the node and log of a training's phases.
 
     Every `step` also asks whether the person pressed stop, and raises ComfyUI's InterruptProcessingException then. In a
-    `with` statement the text is also repeated while one step or a phase without steps takes long.
+    `with` statement the text is also repeated while one step or a phase without steps takes long, and `finish_early`
+    finds it.
     """
 
     def __init__(self, node_id: str | None = None):
         self.node_id = node_id
+        self.enough = False
+        self._notice = ""
         self._send_text = None
         if node_id is not None:
             from server import PromptServer  # only there in a running server
@@ -31,12 +49,21 @@ class Progress:
         self.phase("starting", 1)
 
     def __enter__(self) -> "Progress":
+        if self.node_id is not None:
+            _running[self.node_id] = self
         if self._send_text is not None:
             threading.Thread(target=self._repeat, name="SuDe progress", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if _running.get(self.node_id) is self:
+            del _running[self.node_id]
+
+    def notice(self, text: str) -> None:
+        """Something the person should know from now on; it stays on the node, a later notice replaces it."""
+        logging.warning("SuDe: %s", text)
+        self._notice = text
 
     def _repeat(self) -> None:
         while not self._ended.wait(SILENCE / 3):
@@ -45,14 +72,14 @@ class Progress:
                 self._texted = now
                 self._send_text(self._text(self._done, self._line, now), self.node_id)
 
-    def phase(self, name: str, total: int) -> None:
-        """Begin a phase of `total` steps."""
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """Begin a phase of `total` steps, of which some may be done already."""
         self.name, self.total = name, total
         self._began = time.monotonic()
         self._texted = self._logged = 0.0
-        self._done, self._line = 0, ""
+        self._first, self._done, self._line = done, done, ""
         self._bar = comfy.utils.ProgressBar(total, node_id=self.node_id)
-        self.step(0, "")
+        self.step(done, "")
 
     def step(self, done: int, line: str) -> None:
         """Report that `done` of the phase's steps are done, with what there is to say about it."""
@@ -71,11 +98,22 @@ class Progress:
             self._logged = now
             logging.info("SuDe: %s", text)
 
+    def end(self, line: str) -> None:
+        """Say what came of it all; an interrupt that comes now is too late."""
+        self.name, self.total, self._done, self._line = "done", 1, 1, line
+        self._bar.update_absolute(1, 1)
+        text = self._text(1, line, time.monotonic())
+        if self._send_text is not None:
+            self._send_text(text, self.node_id)
+        logging.info("SuDe: %s", text)
+
     def _text(self, done: int, line: str, now: float) -> str:
         parts = [self.name if self.total <= 1 else f"{self.name} {done}/{self.total}"]
         if line:
             parts.append(line)
-        if 0 < done < self.total:
-            left = (now - self._began) / done * (self.total - done)
+        if self._first < done < self.total:
+            left = (now - self._began) / (done - self._first) * (self.total - done)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        if self._notice:
+            parts.append(f"note: {self._notice}")
         return " · ".join(parts)

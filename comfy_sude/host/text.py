@@ -4,6 +4,7 @@ ComfyUI's CLIPLayer adds in place, which autograd refuses; checkpointing it inst
 wrong gradient. The own copy's layers add out of place: same values, right gradient.
 """
 
+import hashlib
 import types
 from numbers import Integral
 
@@ -12,6 +13,7 @@ import torch
 from comfy.clip_model import CLIPLayer
 from torch import Tensor, nn
 
+from .. import store
 from .model import current_weight
 from .placeholder import END, positions, sub_tokenizer, with_placeholder
 
@@ -44,6 +46,17 @@ def check_captions(clip, model, captions: list[str], placeholder: tuple[str, int
             raise ValueError(
                 f"caption {caption!r} is longer than the 75 tokens CLIP reads: shorten category or identifier."
             )
+
+
+def tokens_hash(clip, captions: list[str]) -> str:
+    """Hash of what a CLIP's tokenizer makes of captions, the vectors of `embedding:` files in them included."""
+    digest = hashlib.sha256()
+    for caption in captions:
+        for name, windows in sorted(clip.tokenize(caption).items()):
+            for token, weight, *_ in (entry for window in windows for entry in window):
+                text = store.tensor_hash([("", token)]) if isinstance(token, Tensor) else str(token)
+                digest.update(f"{name} {text} {weight}\n".encode())
+    return digest.hexdigest()
 
 
 @torch.inference_mode(False)

@@ -2,14 +2,29 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .fine_tune import SuDeFineTune
 from .options import SuDeTrainingOptions
 from .prompt import SuDePrompt
+from .store import SuDeStore
+from .subjects import SuDeApplySubject, SuDeLoadSubject, SuDeSaveSubject
 
 
 class SuDeExtension(ComfyExtension):
-    """The pack's nodes."""
+    """The pack's nodes and its route."""
+
+    async def on_load(self) -> None:
+        """Add the route."""
+        routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of a workflow."""
-        return [SuDeFineTune, SuDeTrainingOptions, SuDePrompt]
+        return [
+            SuDeFineTune,
+            SuDeTrainingOptions,
+            SuDePrompt,
+            SuDeSaveSubject,
+            SuDeLoadSubject,
+            SuDeApplySubject,
+            SuDeStore,
+        ]

@@ -1,13 +1,11 @@
 """SuDe Fine-Tune: MODEL, CLIP, VAE, a picture and its category in; patched MODEL and CLIP and the SUBJECT out."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
 from .. import chart
 from ..baselines import REGISTRY
 from ..finetune import fine_tune
+from ..host import folders
 from ..host.apply import apply_subject
 from ..host.progress import Progress
 from ..recipe import Options, Recipe
@@ -63,20 +61,39 @@ class SuDeFineTune(io.ComfyNode):
                 OptionsSocket.Input(
                     "options", optional=True, tooltip="From SuDe Training Options; the presets without it."
                 ),
+                io.Boolean.Input(
+                    "retrain",
+                    optional=True,
+                    default=False,
+                    tooltip="A training that was done before with the very same inputs is found again on disk, and an "
+                    "interrupted one goes on where it was. On trains from the start all the same.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the subject in it, for any sampler."),
                 io.Clip.Output(
                     display_name="CLIP", tooltip="The text encoder with the subject in it, for your prompts."
                 ),
-                SubjectSocket.Output(display_name="SUBJECT", tooltip="What was learned, for SuDe Prompt."),
+                SubjectSocket.Output(
+                    display_name="SUBJECT", tooltip="What was learned, for SuDe Prompt and SuDe Save Subject."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, model, clip, vae, image, category, baseline=None, training_seed=0, class_images=None, options=None
+        cls,
+        model,
+        clip,
+        vae,
+        image,
+        category,
+        baseline=None,
+        training_seed=0,
+        class_images=None,
+        options=None,
+        retrain=False,
     ) -> io.NodeOutput:
         """Train, then patch clones of MODEL and CLIP. Raises ValueError on what cannot be trained."""
         recipe = read_recipe(category, baseline, training_seed, options or Options()).checked()
@@ -85,15 +102,12 @@ class SuDeFineTune(io.ComfyNode):
                 f"class_images are connected, but the prior is {recipe.options.prior.kind!r} and would not use them: "
                 "disconnect them or set the prior to 'class images' in SuDe Training Options (ViCo has none)."
             )
-        cache = Path(folder_paths.get_user_directory()) / "sude"
+        entries = folders.store(recipe.options.keeping.store_limit)
         with Progress(cls.hidden.unique_id) as report:
-            subject = fine_tune(model, clip, vae, image, recipe, report, cache, class_images)
+            subject = fine_tune(model, clip, vae, image, recipe, report, entries, class_images, retrain)
             patched = apply_subject(model, clip, subject)
-            report.phase("done", 1)
             remark = subject.metadata.get("remark")
-            report.step(
-                1, f"{subject.log.steps} steps in {subject.log.seconds:.0f} s" + (f" · {remark}" if remark else "")
-            )
+            report.end(subject.story + (f" · {remark}" if remark else ""))
         title = f"{recipe.method} of {recipe.category!r}, w_s {recipe.baseline.w_s:g}, {subject.log.steps} steps"
         picture = ui.PreviewImage(chart.draw(subject.log, title), cls=cls)
         return io.NodeOutput(*patched, subject, ui=picture)

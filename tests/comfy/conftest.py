@@ -66,11 +66,11 @@ def _shared(load):
 @pytest.fixture
 def models(_shared):
     """MODEL, CLIP and VAE shared by the tests of a run, checked to be the same bits after each test."""
-    from comfy_sude.host.model import identity
+    from comfy_sude.host.model import identities
 
-    before = identity(*_shared)
+    before = identities(*_shared)
     yield _shared
-    assert identity(*_shared) == before, "a MODEL, CLIP or VAE that was only lent has changed"
+    assert identities(*_shared) == before, "a MODEL, CLIP or VAE that was only lent has changed"
 
 
 @pytest.fixture

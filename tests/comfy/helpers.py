@@ -12,11 +12,17 @@ class Silent:
     def __init__(self, at_step=None):
         self.phases: list[str] = []
         self.steps: list[int] = []
+        self.notices: list[str] = []
         self.at_step = at_step
+        self.enough = False
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, done: int = 0) -> None:
         """Remember the phase."""
         self.phases.append(name)
+
+    def notice(self, text: str) -> None:
+        """Remember the notice."""
+        self.notices.append(text)
 
     def step(self, done: int, line: str) -> None:
         """Remember the step, then let the test act."""
@@ -40,11 +46,12 @@ def recipe(
     return Recipe(category, method, REGISTRY[method].settings(**settings), Options(**options), seed)
 
 
-def train(models, picture, cache, recipe, report=None, class_images=None):
-    """`fine_tune` as the node calls it."""
+def train(models, picture, folder, recipe, report=None, class_images=None, retrain=True):
+    """`fine_tune` as the node calls it, with the store in a folder; trained anew unless told otherwise."""
     from comfy_sude.finetune import fine_tune
+    from comfy_sude.store import Store
 
-    return fine_tune(*models, picture, recipe, report or Silent(), cache, class_images)
+    return fine_tune(*models, picture, recipe, report or Silent(), Store(folder), class_images, retrain)
 
 
 def sample(model, clip, text: str = "photo of a sks dog", seed: int = 1, steps: int = 2) -> torch.Tensor:

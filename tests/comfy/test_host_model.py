@@ -189,7 +189,7 @@ def test_sd2_v_model_copies_exactly_and_counts_as_v_prediction(load):
 def test_class_images_of_an_eps_and_a_v_model_are_told_apart(models):
     import comfy.model_sampling
 
-    from comfy_sude.host.model import identity
+    from comfy_sude.host.model import identities
 
     class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
         pass
@@ -197,4 +197,4 @@ def test_class_images_of_an_eps_and_a_v_model_are_told_apart(models):
     model, clip, vae = models
     velocity = model.clone()
     velocity.add_object_patch("model_sampling", Velocity(model.model.model_config))
-    assert len({identity(one, clip, vae) for one in (model, model.clone(), velocity, with_lora(model))}) == 3
+    assert len({identities(one, clip, vae)["model"] for one in (model, model.clone(), velocity, with_lora(model))}) == 3

@@ -10,8 +10,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "comfy_sude"
 METHOD = ("sude", "diffusion", "captions", "recipe")
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
-ABOVE = {"baselines", "bench", "finetune", "host", "nodes", "subject", "train"}
-WITHOUT_COMFYUI = (*METHOD, "data", "image_attention", "train", "chart", "store", "subject", "baselines", "scores")
+ABOVE = {"baselines", "bench", "finetune", "host", "nodes", "resume", "subject", "train"}
+WITHOUT_COMFYUI = (
+    *METHOD, "data", "image_attention", "lowrank", "train", "chart", "files", "store", "resume", "subject", "baselines",
+)  # fmt: skip
 
 
 def imported(path: Path) -> set[tuple[int, str]]:

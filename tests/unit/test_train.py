@@ -526,9 +526,9 @@ def test_a_picture_with_a_broken_latent_is_not_trained_on():
 
 class Report:
     def __init__(self, stop_at=None):
-        self.phases, self.steps, self.stop_at = [], [], stop_at
+        self.phases, self.steps, self.stop_at, self.enough = [], [], stop_at, False
 
-    def phase(self, name, total):
+    def phase(self, name, total, done=0):
         self.phases.append((name, total))
 
     def step(self, done, line):
