@@ -234,7 +234,7 @@ def _explained(
         )
     if memory.is_out_of_memory(error):
         kept = f" The state of step {keeper.saved} is kept." if keeper.saved else ""
-        advice = memory.advice(baseline, size, comfy.model_management.get_free_memory(device))
+        advice = memory.advice(baseline, size, memory.free_memory(device))
         return torch.OutOfMemoryError(f"{advice}{kept}")
     return error
 

@@ -121,9 +121,9 @@ def rounded(tensors: Mapping, precision: str) -> tuple[dict, float]:
         for part, tensor in parts.items():
             difference = (result[key][part].to(torch.float32) - tensor).double()
             lost += float(difference.pow(2).sum())
+            if not math.isfinite(lost):
+                raise ValueError(f"precision {precision} cannot hold a value of {key[1]}: choose bf16 or fp32.")
             learned += float(tensor.double().pow(2).sum())
-    if not math.isfinite(lost):
-        raise ValueError(f"precision {precision} cannot hold a value of {key[1]}: choose bf16 or fp32.")
     return result, math.sqrt(lost / learned) if learned else 0.0
 
 

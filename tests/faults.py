@@ -30,7 +30,7 @@ from comfy_sude.store import Store, tensor_hash
 
 REPO = Path(__file__).resolve().parents[1]
 PHASES = ("looking", "drawing", "encoding", "training", "keeping")
-STEPS = 60
+STEPS = 40
 INTERVAL = 1.0  # seconds between two saves
 SLACK = 2.0  # seconds a save may take and a text may be late on a busy machine
 CHECKPOINT = "faults.safetensors"
@@ -65,7 +65,7 @@ class World:
         checkpoint = self.base / "models" / "checkpoints" / CHECKPOINT
         if not checkpoint.is_file():
             comfyui = ComfyServer(self.base).comfyui
-            command = [sys.executable, str(REPO / "tests" / "tiny.py"), str(checkpoint), "small"]
+            command = [sys.executable, str(REPO / "tests" / "tiny.py"), str(checkpoint), "abs"]
             environment = {**os.environ, "PYTHONPATH": str(comfyui)}
             subprocess.run(command, env=environment, check=True, capture_output=True)
         Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(self.base / "input" / "subject.png")
@@ -84,7 +84,7 @@ class World:
         """Checkpoint and picture -> SuDe Fine-Tune (3) -> SuDe Save Subject (4)."""
         options = {
             "resolution": 64, "gradient_checkpointing": False, "prior": "class images", "prior.number": 16,
-            "prior.steps": 4, "prior.cfg": 2.0, "save_interval": INTERVAL,
+            "prior.steps": 2, "prior.cfg": 1.0, "save_interval": INTERVAL,
         }  # fmt: skip
         training = {"baseline": "DreamBooth LoRA", "baseline.steps": steps, "baseline.train_text_encoder": False}
         links = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "image": ["2", 0], "options": ["5", 0]}
@@ -136,7 +136,7 @@ def run(client: ComfyClient, workflow: dict, phase: str = "", strike: Callable[[
 def resumed_at(result: Result) -> int:
     """The step a training went on from; all of them if it was found whole."""
     said = " ".join(text for _, text in result.texts)
-    if "reused" in said:
+    if "reused" in said or "3" in result.cached:
         return STEPS
     return int(said.split("resumed at step ")[1].split(" ")[0].rstrip(",;")) if "resumed at step" in said else 0
 
@@ -170,18 +170,22 @@ def undisturbed(world: World) -> None:
 
 
 def kills(world: World, phase: str, times: int) -> Row:
-    """kill -9 at random moments of a phase, then a new server."""
+    """kill -9 at random moments of a phase; the next server finishes what the last one began."""
     row = Row(f"kill -9 while {phase}")
-    for index in range(times):
-        world.forget()
+    moment, name = None, ""
+    for index in range(times + 1):
         with world.server() as server, ComfyClient(server.address) as client:
-            result, moment = run(client, world.workflow(client), phase, lambda _: server.process.kill())
-            if result is not None:  # the moment came too late
+            if moment is not None:
+                result, _ = run(client, world.workflow(client))
+                judge(row, world, result, moment, name)
+            if index < times:
+                world.forget()
+                client.free()
+                workflow = world.workflow(client)
+                result, moment = run(client, workflow, phase, lambda _, server=server: server.process.kill())
+                name = f"{index} in {moment.phase} {moment.steps}" + (" (too late)" if result is not None else "")
                 server.process.kill()
-            server.process.wait()
-        with world.server() as server, ComfyClient(server.address) as client:
-            again, _ = run(client, world.workflow(client))
-        judge(row, world, again, moment, f"{phase} {index} in {moment.phase} {moment.steps}")
+                server.process.wait()
     return row
 
 

@@ -57,6 +57,11 @@ def _is_oom(error: BaseException) -> bool:
     return getattr(comfy.model_management, "is_oom", lambda _error: False)(error)
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes a device has free now."""
+    return comfy.model_management.get_free_memory(device)
+
+
 def advice(baseline: Baseline, latent_size: tuple[int, int], free: float) -> str:
     """What to say when memory ran out: the least changes that would have fitted, with gigabytes.
 

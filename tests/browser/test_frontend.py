@@ -75,7 +75,9 @@ def test_the_page_loads_without_an_error_of_ours(page: Page):
     assert not page.errors
 
 
-@pytest.mark.parametrize("kind", ["SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt"])
+@pytest.mark.parametrize(
+    "kind", ["SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeExportSubject"]
+)
 def test_a_node_can_be_created(page: Page, kind: str):
     create(page, kind)
     assert widgets(page)

@@ -15,7 +15,10 @@ from bench.comfy_server import PACK, ComfyServer, link
 REPO = Path(__file__).resolve().parents[2]
 WORKFLOWS = REPO / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-NODES = ("SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt")
+NODES = (
+    "SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject",
+    "SuDeExportSubject", "SuDeStore",
+)  # fmt: skip
 FRONTEND_ONLY = {"MarkdownNote"}
 
 # The desktop's drop: the browser's own events with a DataTransfer that holds the file.
@@ -206,7 +209,14 @@ def test_the_baselines_are_compared_in_the_page(wide: Page, client: ComfyClient,
 @pytest.mark.parametrize("node", NODES)
 def test_the_nodes_help_opens_beside_it(wide: Page, furnished: str, tmp_path: Path, node: str):
     drop(wide, "quickstart")
-    wide.evaluate("kind => app.canvas.selectNode(app.graph.nodes.find((node) => node.type === kind))", node)
+    wide.evaluate(
+        """kind => {
+            const found = app.graph.nodes.find((node) => node.type === kind) ?? LiteGraph.createNode(kind);
+            if (!found.graph) app.graph.add(found);
+            app.canvas.selectNode(found);
+        }""",
+        node,
+    )
     wide.get_by_test_id("info-button").click()
     page = (REPO / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
     heading = [line[3:] for line in page.splitlines() if line.startswith("## ")][-1]

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from comfy_sude import files, finetune, subject
+from comfy_sude import files, subject
 from comfy_sude.baselines import REGISTRY
 from comfy_sude.host import memory
 from comfy_sude.host.apply import apply_subject, differences
 from comfy_sude.recipe import Keeping, Prior
 from comfy_sude.resume import Keeper
 from comfy_sude.store import Store
+from comfy_sude.train import Trainer
 
 from .helpers import Silent, recipe, sample, train
 from .test_finetune import tensors_equal
@@ -19,6 +20,11 @@ from .test_finetune import tensors_equal
 pytestmark = pytest.mark.slow
 OFTEN = Keeping(save_interval=0.0)
 LORA = "DreamBooth LoRA"
+
+
+def lora(**values):
+    """The quickest training there is."""
+    return recipe(LORA, **{"prior": Prior("off"), "rank": 2, "train_text_encoder": False, **values})
 
 
 class Crash(Exception):
@@ -43,16 +49,16 @@ def interrupt():
 
 
 def test_the_same_training_is_found_again_and_samples_the_same(models, picture, tmp_path):
-    first = train(models, picture, tmp_path, recipe(LORA), retrain=False)
+    first = train(models, picture, tmp_path, lora(), retrain=False)
     report = Silent()
-    again = train(models, picture, tmp_path, recipe(LORA), report, retrain=False)
+    again = train(models, picture, tmp_path, lora(), report, retrain=False)
     assert "training" not in report.phases and "class images" not in " ".join(report.phases)
     assert again.story.startswith("reused") and not first.story.startswith("reused")
     assert tensors_equal(first, again) and first.log == again.log and first.metadata == again.metadata
     latents = [sample(*apply_subject(*models[:2], one)) for one in (first, again)]
     assert torch.equal(*latents)
     report = Silent()
-    anew = train(models, picture, tmp_path, recipe(LORA), report, retrain=True)
+    anew = train(models, picture, tmp_path, lora(), report, retrain=True)
     assert "training" in report.phases and tensors_equal(first, anew)
 
 
@@ -64,24 +70,24 @@ def test_anything_that_decides_the_result_is_another_training(models, picture, t
     nudged[0, 0, 0, 0] += 1 / 255
     skipped = clip.clone()
     skipped.clip_layer(-2)
-    usual = {"prior": Prior(kind="off"), "steps": 1}
+    usual = {"steps": 1}
     trainings = [
-        (models, picture, recipe(LORA, **usual), None),
-        (models, nudged, recipe(LORA, **usual), None),
-        (models, picture, recipe(LORA, seed=1, **usual), None),
-        (models, picture, recipe(LORA, w_s=0.5, **usual), None),
-        (models, picture, recipe(LORA, category="cat", **usual), None),
-        (models, picture, recipe(LORA, **{**usual, "steps": 2}), None),
-        (models, picture, recipe(LORA, precision="bf16", **usual), None),
-        ((with_lora(model), clip, vae), picture, recipe(LORA, **usual), None),
-        ((model, skipped, vae), picture, recipe(LORA, **usual), None),
+        (models, picture, lora(**usual), None),
+        (models, nudged, lora(**usual), None),
+        (models, picture, lora(seed=1, **usual), None),
+        (models, picture, lora(w_s=0.5, **usual), None),
+        (models, picture, lora(category="cat", **usual), None),
+        (models, picture, lora(**{**usual, "steps": 2}), None),
+        (models, picture, lora(precision="bf16", **usual), None),
+        ((with_lora(model), clip, vae), picture, lora(**usual), None),
+        ((model, skipped, vae), picture, lora(**usual), None),
     ]
     for which, (loaded, image, wanted, classes) in enumerate(trainings):
         report = Silent()
         train(loaded, image, tmp_path, wanted, report, classes, retrain=False)
         assert "training" in report.phases, which
     report = Silent()
-    same = dataclasses.replace(recipe(LORA, w_s=0.4, **usual), seed=0)
+    same = dataclasses.replace(lora(w_s=0.4, **usual), seed=0)
     same = dataclasses.replace(same, options=dataclasses.replace(same.options, keeping=OFTEN))
     train(models, picture.clone(), tmp_path, same, report, retrain=False)
     assert "training" not in report.phases, "where results are kept is no part of the training"
@@ -110,20 +116,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(models, picture, tmp_path, 
     assert tensors_equal(whole, resumed) and whole.log.values == resumed.log.values
 
 
-@pytest.mark.parametrize(
-    "options", [{"optimizer": "Adafactor"}, {"precision": "fp16"}, {"prior": Prior("distillation")}]
-)
-def test_every_kind_of_state_is_kept(models, picture, tmp_path, options):
-    wanted = recipe("Custom Diffusion", **options)
-    whole = train(models, picture, tmp_path / "whole", wanted)
-    with pytest.raises(Crash):
-        train(models, picture, tmp_path / "parts", wanted, stop_at(2, Crash()), retrain=False)
-    resumed = train(models, picture, tmp_path / "parts", wanted, retrain=False)
-    assert "resumed" in resumed.story and tensors_equal(whole, resumed)
-
-
 def test_a_step_that_fails_half_way_is_done_again_with_the_same_draws(models, picture, tmp_path, monkeypatch):
-    wanted = recipe(LORA, steps=4)
+    wanted = lora(steps=4)
     whole = train(models, picture, tmp_path / "whole", wanted)
     calls = []
     backward = torch.Tensor.backward
@@ -142,7 +136,7 @@ def test_a_step_that_fails_half_way_is_done_again_with_the_same_draws(models, pi
 
 
 def test_a_discarded_training_starts_over(models, picture, tmp_path):
-    made = recipe(LORA)
+    made = lora()
     wanted = dataclasses.replace(made, options=dataclasses.replace(made.options, keeping=Keeping("discard", 0.0)))
     with pytest.raises(type(interrupt())):
         train(models, picture, tmp_path, wanted, stop_at(2, interrupt()), retrain=False)
@@ -151,22 +145,22 @@ def test_a_discarded_training_starts_over(models, picture, tmp_path):
 
 
 def test_more_steps_train_on_from_a_finished_training(models, picture, tmp_path):
-    train(models, picture, tmp_path, recipe(LORA, steps=2), retrain=False)
-    longer = train(models, picture, tmp_path, recipe(LORA, steps=4), retrain=False)
+    train(models, picture, tmp_path, lora(steps=2), retrain=False)
+    longer = train(models, picture, tmp_path, lora(steps=4), retrain=False)
     assert "resumed at step 2" in longer.story
-    assert tensors_equal(longer, train(models, picture, tmp_path / "whole", recipe(LORA, steps=4)))
-    shorter = train(models, picture, tmp_path, recipe(LORA, steps=3), retrain=False)
+    assert tensors_equal(longer, train(models, picture, tmp_path / "whole", lora(steps=4)))
+    shorter = train(models, picture, tmp_path, lora(steps=3), retrain=False)
     assert "resumed at step 2" in shorter.story and shorter.log.steps == 3
 
 
 def test_enough_is_enough_and_can_be_had_again(models, picture, tmp_path):
     report = Silent(lambda done: setattr(report, "enough", done >= 2))
-    early = train(models, picture, tmp_path, recipe(LORA, steps=50), report, retrain=False)
+    early = train(models, picture, tmp_path, lora(steps=50), report, retrain=False)
     assert early.log.steps == 2 and early.metadata["steps"] == 2 and "stopped after 2 of 50" in early.story
     assert early.metadata["recipe"]["baseline"]["steps"] == 2
-    again = train(models, picture, tmp_path, recipe(LORA, steps=2), retrain=False)
+    again = train(models, picture, tmp_path, lora(steps=2), retrain=False)
     assert again.story.startswith("reused") and tensors_equal(early, again)
-    on = train(models, picture, tmp_path, recipe(LORA, steps=3), retrain=False)
+    on = train(models, picture, tmp_path, lora(steps=3), retrain=False)
     assert "resumed at step 2" in on.story
 
 
@@ -177,7 +171,7 @@ def test_class_images_drawn_before_a_crash_are_not_drawn_again(models, picture, 
     class Report(Silent):
         def step(self, done, line):
             super().step(done, line)
-            if self.phases[-1] == "drawing class images" and done == 8:
+            if self.phases[-1] == "drawing class images" and done > 8:
                 raise Crash
 
     with pytest.raises(Crash):
@@ -194,23 +188,21 @@ def test_class_images_drawn_before_a_crash_are_not_drawn_again(models, picture, 
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_state(models, picture, tmp_path, monkeypatch):
-    wanted = recipe(LORA, steps=9, prior=Prior("off"))
+    wanted = lora(steps=9)
     keep_all = Keeper.save
     monkeypatch.setattr(Keeper, "after_step", lambda self, trainer: keep_all(self, trainer))
 
-    def poison(done):
-        if done == 4:
-            finetune_trainer[0].on.process.alphas_cumprod.fill_(float("nan"))
+    losses = Trainer.losses
 
-    finetune_trainer = []
-    run = finetune.Trainer.run
-    monkeypatch.setattr(
-        finetune.Trainer, "run", lambda self, *a, **k: finetune_trainer.append(self) or run(self, *a, **k)
-    )
+    def poisoned(trainer):
+        terms = losses(trainer)
+        return terms if trainer.log.steps < 4 else terms | {"l_sub": terms["l_sub"] * float("nan")}
+
+    monkeypatch.setattr(Trainer, "losses", poisoned)
     with pytest.raises(FloatingPointError, match="not finite at step 5.*state of step 4 is kept: queue with steps 4"):
-        train(models, picture, tmp_path, wanted, Silent(poison), retrain=False)
+        train(models, picture, tmp_path, wanted, retrain=False)
     monkeypatch.undo()
-    good = train(models, picture, tmp_path, recipe(LORA, steps=4, prior=Prior("off")), retrain=False)
+    good = train(models, picture, tmp_path, lora(steps=4), retrain=False)
     assert "resumed at step 4" in good.story and good.log.steps == 4
 
 
@@ -220,22 +212,25 @@ def test_a_full_disk_costs_the_state_and_not_the_training(models, picture, tmp_p
 
     monkeypatch.setattr(files, "write", full)
     report = Silent()
-    trained = train(models, picture, tmp_path, recipe(LORA), report, retrain=False)
+    trained = train(models, picture, tmp_path, lora(), report, retrain=False)
     assert trained.log.steps == 3 and any("could not be" in notice for notice in report.notices)
     monkeypatch.undo()
-    assert tensors_equal(trained, train(models, picture, tmp_path / "other", recipe(LORA)))
+    assert tensors_equal(trained, train(models, picture, tmp_path / "other", lora()))
 
 
 def test_out_of_memory_names_what_would_have_fitted(models, picture, tmp_path, monkeypatch):
     def full(done):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(memory.comfy.model_management, "get_free_memory", lambda device=None: 1.2e9)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1.2e9)
     with pytest.raises(torch.OutOfMemoryError) as raised:
         train(models, picture, tmp_path, recipe(batch_size=4), Silent(full), retrain=False)
     said = str(raised.value)
-    assert "out of memory: this training needs about" in said and "optimizer Adafactor (about" in said
-    assert "baseline DreamBooth LoRA (about" in said and "GB)" in said
+    assert "out of memory: this training needs about 2.1 GB, 1.2 GB were free" in said
+    assert "Any of these should fit: gradient_checkpointing on (about 1." in said
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
+    with pytest.raises(torch.OutOfMemoryError, match=r"The least this can need is about 0\.\d GB, with .*LoRA"):
+        train(models, picture, tmp_path, recipe(batch_size=4), Silent(full), retrain=True)
 
 
 # --- Files
@@ -260,7 +255,7 @@ def test_a_saved_subject_is_the_same_in_every_bit(models, picture, tmp_path, met
 
 
 def test_half_precision_says_what_it_loses_and_stays_close(models, picture, tmp_path):
-    trained = train(models, picture, tmp_path, recipe(LORA))
+    trained = train(models, picture, tmp_path, lora(rank=16))
     for precision, bound in (("fp16", 1e-3), ("bf16", 5e-3)):
         path = tmp_path / f"{precision}.safetensors"
         error = trained.save(path, precision)
@@ -276,7 +271,7 @@ def test_half_precision_says_what_it_loses_and_stays_close(models, picture, tmp_
 def test_another_checkpoint_of_the_family_takes_it_with_a_warning_and_other_families_do_not(
     models, picture, tmp_path, load
 ):
-    trained = train(models, picture, tmp_path, recipe(LORA, rank=2))
+    trained = train(models, picture, tmp_path, lora())
     assert differences(models[0], trained) == []
     model, clip, _ = load("small", seed=5)
     (said,) = differences(model, trained)
@@ -288,13 +283,13 @@ def test_another_checkpoint_of_the_family_takes_it_with_a_warning_and_other_fami
 
 
 def test_two_subjects_in_one_model_both_act(models, picture, tmp_path):
-    one = train(models, picture, tmp_path, recipe(LORA, identifier="sks"))
-    two = train(models, 1 - picture, tmp_path, recipe(LORA, identifier="olis", seed=3))
+    one = train(models, picture, tmp_path, lora(identifier="sks"))
+    two = train(models, 1 - picture, tmp_path, lora(identifier="olis", seed=3))
     both = apply_subject(*apply_subject(*models[:2], one), two)
     other = apply_subject(*apply_subject(*models[:2], two), one)
     latents = sample(*both)
-    assert torch.allclose(latents, sample(*other), atol=1e-4)
+    assert torch.allclose(latents, sample(*other), atol=1e-2)
     singles = [sample(*apply_subject(*models[:2], single)) for single in (one, two)]
-    assert not any(torch.allclose(latents, single, atol=1e-4) for single in singles)
+    assert not any(torch.allclose(latents, single, atol=1e-1) for single in singles)
     off = apply_subject(*apply_subject(*models[:2], one, 0.0, 0.0), two)
     assert torch.equal(sample(*off), singles[1])

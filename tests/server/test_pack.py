@@ -13,7 +13,10 @@ from bench.comfy_client import ComfyClient
 from bench.comfy_server import PACK, ComfyServer, prepare_base
 
 REPO = Path(__file__).resolve().parents[2]
-NODES = {"SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt"}
+NODES = {
+    "SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject",
+    "SuDeExportSubject", "SuDeStore",
+}  # fmt: skip
 
 
 def import_failure(log: str) -> str:

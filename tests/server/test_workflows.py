@@ -205,7 +205,7 @@ def test_the_help_in_other_languages_says_what_the_nodes_have(client: ComfyClien
         path.parent.name: json.loads(path.read_text("utf-8")) for path in (REPO / "locales").glob("*/nodeDefs.json")
     }
     assert {"en", "zh"} <= translated.keys()
-    for node in ("SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt"):
+    for node in sorted(name for name in client.object_info() if name.startswith("SuDe")):
         info = client.object_info(node)[node]
         tooltips = widget_tooltips(info["input"])
         for language, texts in translated.items():

@@ -1,4 +1,4 @@
-"""The store: same inputs find the same entry, anything else finds none, a crash leaves no half entry, it stays small."""
+"""The store: same inputs find the same entry, others find none, no crash leaves half an entry, it stays small."""
 
 import multiprocessing
 import os
