@@ -78,14 +78,15 @@ def fine_tune(
     try:
         with torch.inference_mode(False), torch.enable_grad():
             latents = _ordinary(example, views), _ordinary(prior_latents)
-            trained = _train(model, clip, process, recipe, *latents, report, keeper, facts, retrain)
+            recall = _recall(clip, recipe, known["clip"], model.load_device, entries)
+            trained = _train(model, clip, process, recipe, *latents, report, keeper, facts, retrain, recall)
     except BaseException as error:
         # else the copies and the optimizer live for as long as the error is handled
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         gc.collect()
-    report.phase("keeping the result", 1)
+    report.close("keeping the result")
     done = f"{trajectory}-{trained.log.steps}"  # fewer than asked for if the person had enough
     if entries.put("subject", done, *subject.packed(trained)):
         if keeper.saved != trained.log.steps:
@@ -121,7 +122,7 @@ def check_inputs(model, clip, vae, recipe: Recipe):
 def _trajectory(clip, recipe: Recipe, known: dict, pictures: Tensor, class_images: Tensor | None, side: int) -> str:
     """Key of everything that decides a training, but for how many steps it takes."""
     decided = recipe.as_dict()
-    del decided["baseline"]["steps"]
+    del decided["baseline"]["steps"], decided["options"]["gradient_checkpointing"]  # the same bits with and without
     wanted = [caption for pair in REGISTRY[recipe.method].all_captions(recipe) for caption in pair]
     return store.key(
         what=f"training {ALGORITHM}",
@@ -175,7 +176,26 @@ def _class_images(model, clip, vae, recipe: Recipe, known: dict, side: int, repo
     return images.draw_class_images(model, clip, vae, caption, side, prior, report, find, keep)
 
 
-def _train(model, clip, process, recipe: Recipe, example, prior_latents, report, keeper: Keeper, facts, retrain):
+def _recall(clip, recipe: Recipe, clip_hash: str, device: torch.device, entries: store.Store):
+    """`Predictors.recall` that keeps encodings in the store."""
+
+    def recall(caption: str, compute) -> Tensor:
+        tokens = text.tokens_hash(clip, [caption])
+        precision = recipe.options.precision
+        name = store.key(what="text 1", clip=clip_hash, tokens=tokens, precision=precision, device=device.type)
+        found = entries.get("text", name)
+        if found is not None:
+            return found[0]["encoding"]
+        encoding = compute()
+        entries.put("text", name, {"encoding": encoding}, {"caption": caption})
+        return encoding
+
+    return recall
+
+
+def _train(
+    model, clip, process, recipe: Recipe, example, prior_latents, report, keeper: Keeper, facts, retrain, recall
+) -> Subject:
     """Build the copies, train them (on from a stored state), take the result as differences, release everything."""
     report.phase("copying the networks", 1)
     device = model.load_device
@@ -198,6 +218,7 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, report,
                 encode=encoder,
                 device=device,
                 frozen=partial(host_model.predict, frozen) if frozen else None,
+                recall=recall,
             )
             trainer = Trainer(baseline, predictors, example, prior_latents)
             resumed = 0 if retrain else keeper.resume(trainer)
@@ -208,7 +229,9 @@ def _train(model, clip, process, recipe: Recipe, example, prior_latents, report,
             trainer.optimizer = None  # its states are half of the memory; the result needs none of them
             tensors = dict(_differences(model, clip, baseline))
     except BaseException as error:
-        raise _explained(error, trainer, keeper, baseline, size, device) from None
+        explained = _explained(error, trainer, keeper, baseline, size, device)
+        traceback.clear_frames(error.__traceback__)  # what the failed step held
+        raise explained from None
     metadata = provenance.metadata(baseline, log, facts)
     return Subject(tensors, metadata, log, _story(log, recipe.baseline.steps, resumed))
 

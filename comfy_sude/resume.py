@@ -105,6 +105,11 @@ class Keeper:
             except ValueError as error:
                 logging.warning("SuDe: a stored state is not used: %s", error)
                 continue
+            except (RuntimeError, KeyError, TypeError) as error:  # half restored: this trainer is of no use any more
+                raise RuntimeError(
+                    f"the stored state of step {done} cannot be used with this version of torch ({error}): switch on "
+                    "retrain to start over."
+                ) from error
             self.saved = done
             return done
         return 0
@@ -121,7 +126,11 @@ class Keeper:
         """
         if self.saved == trainer.log.steps:
             return True
-        if not trainer.whole or not all(bool(torch.isfinite(p).all()) for p in trainer.parameters):
+        if (
+            trainer.optimizer is None
+            or not trainer.whole
+            or not all(bool(torch.isfinite(p).all()) for p in trainer.parameters)
+        ):
             return False
         began = time.monotonic()
         tensors, document = state(trainer)

@@ -49,6 +49,8 @@ class Predictors:
         frozen: like `predict`, by a frozen copy of the pretrained UNet; needed for `reference` pretrained and prior
             distillation unless the baseline can switch itself off.
         device: where the networks are.
+        recall: (caption, compute) -> [tokens, width] what the incoming text encoder makes of a caption, computed unless
+            it is known.
     """
 
     process: NoiseProcess
@@ -56,6 +58,7 @@ class Predictors:
     encode: Callable[[list[str]], Tensor]
     device: torch.device
     frozen: Predict | None = None
+    recall: Callable[[str, Callable[[], Tensor]], Tensor] = lambda _caption, compute: compute()
 
 
 @dataclass
@@ -112,8 +115,7 @@ class Trainer:
         if recipe.uses_pretrained:
             fixed = dict.fromkeys([*(category for _, category in baseline.all_captions(recipe)), captions.EMPTY])
             with torch.no_grad(), self._autocast(), self.baseline.pretrained():
-                for caption in fixed:
-                    self._pretrained[caption] = predictors.encode([caption])[0].float().clone()
+                self._pretrained = {caption: self._incoming(caption).clone() for caption in fixed}
 
     def run(
         self, report: Report, steps: int | None = None, after_step: Callable[["Trainer"], None] | None = None
@@ -248,9 +250,13 @@ class Trainer:
         with self._autocast():
             with torch.no_grad():
                 for caption in fresh:  # one by one: the same bits whichever captions a resumed training meets first
-                    self._fixed[caption] = self.on.encode([caption])[0].float()
+                    self._fixed[caption] = self._incoming(caption)
             encoded = dict(zip(changing, self.on.encode(changing), strict=True)) if changing else {}
         return {caption: encoded[caption] if caption in encoded else self._fixed[caption] for caption in wanted}
+
+    def _incoming(self, caption: str) -> Tensor:
+        """[tokens, width] of a caption by the text encoder as it came in."""
+        return self.on.recall(caption, lambda: self.on.encode([caption])[0].float()).to(self.on.device)
 
     def _category_and_empty(
         self, x_t: Tensor, t: Tensor, batch: Batch, encoded: dict[str, Tensor], c: Tensor | None

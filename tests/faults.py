@@ -1,4 +1,4 @@
-"""What happens to a training when things go wrong, for real: `python -m tests.faults` (in dev.py's environment).
+"""What happens to a training when things go wrong, for real: `python dev.py bench faults`.
 
 A real ComfyUI with the pack trains a small checkpoint again and again, and is killed, interrupted, run out of disk,
 given damaged files and a second server on the same store. After each fault the same prompt is queued again; the subject
@@ -338,7 +338,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Do it all; 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="in each phase")
@@ -347,7 +347,7 @@ def main() -> int:
     parser.add_argument("--base", type=Path, default=WORK / "faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     random.seed(options.seed)
     world = World(options.base)
     world.forget()

@@ -99,8 +99,12 @@ class Progress:
             logging.info("SuDe: %s", text)
 
     def end(self, line: str) -> None:
-        """Say what came of it all; an interrupt that comes now is too late."""
-        self.name, self.total, self._done, self._line = "done", 1, 1, line
+        """Say what came of it all."""
+        self.close("done", line)
+
+    def close(self, name: str, line: str = "") -> None:
+        """A last phase, in which what was paid for is put away: an interrupt that comes now is too late."""
+        self.name, self.total, self._first, self._done, self._line = name, 1, 1, 1, line
         self._bar.update_absolute(1, 1)
         text = self._text(1, line, time.monotonic())
         if self._send_text is not None:

@@ -9,7 +9,12 @@ from ..host.progress import Progress
 from ..store import GIGABYTE
 from .sockets import CATEGORY
 
-WHAT = {"subject": "finished trainings", "state": "states to train on from", "class_images": "class images"}
+WHAT = {
+    "subject": "finished trainings",
+    "state": "states to train on from",
+    "class_images": "class images",
+    "text": "text encodings",
+}
 
 
 class SuDeStore(io.ComfyNode):

@@ -60,7 +60,10 @@ class SuDeSaveSubject(io.ComfyNode):
         path = files.free_path(folders.subjects_folder(), filename_prefix)
         with Progress(cls.hidden.unique_id) as report:
             report.phase(f"saving {subject.size / 1e6:.0f} MB", 1)
-            error = subject.save(path, precision)
+            try:
+                error = subject.save(path, precision)
+            except OSError as problem:
+                raise OSError(f"{path} could not be written ({problem}): make room on that disk.") from problem
             lost = f", relative error {error:.1e}" if precision != "fp32" else ""
             report.end(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB{lost})")
         return io.NodeOutput(str(path))

@@ -20,6 +20,10 @@ class Silent:
         """Remember the phase."""
         self.phases.append(name)
 
+    def close(self, name: str) -> None:
+        """Remember the last phase."""
+        self.phases.append(name)
+
     def notice(self, text: str) -> None:
         """Remember the notice."""
         self.notices.append(text)

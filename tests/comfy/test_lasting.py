@@ -93,6 +93,30 @@ def test_anything_that_decides_the_result_is_another_training(models, picture, t
     assert "training" not in report.phases, "where results are kept is no part of the training"
 
 
+def test_encodings_of_a_frozen_text_encoder_are_kept_and_make_the_same_bits(models, picture, tmp_path, monkeypatch):
+    from comfy_sude.host.text import Encoder
+
+    encoded = []
+    call = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: encoded.append(texts) or call(self, texts))
+    first = train(models, picture, tmp_path, lora())
+    assert encoded and len(Store(tmp_path).entries("text")) == len(encoded) == 3
+    encoded.clear()
+    assert tensors_equal(first, train(models, picture, tmp_path, lora())) and not encoded
+    train(models, picture, tmp_path, lora(precision="bf16"))
+    assert encoded
+
+
+def test_gradient_checkpointing_gives_the_same_bits_so_it_may_be_turned_on_half_way(models, picture, tmp_path):
+    kept = [lora(steps=4, gradient_checkpointing=on) for on in (False, True)]
+    without, with_it = (train(models, picture, tmp_path / "whole", one) for one in kept)
+    assert tensors_equal(without, with_it)
+    with pytest.raises(Crash):
+        train(models, picture, tmp_path / "parts", kept[0], stop_at(2, Crash()), retrain=False)
+    resumed = train(models, picture, tmp_path / "parts", kept[1], retrain=False)
+    assert "resumed at step 2" in resumed.story and tensors_equal(without, resumed)
+
+
 def test_a_whole_number_given_for_a_decimal_one_is_the_same_recipe():
     made = [recipe(w_s=value, prior=Prior(kind="off", w_r=value)).checked().as_dict() for value in (1, 1.0)]
     assert all(isinstance(one["baseline"]["w_s"], float) for one in made) and made[0] == made[1]
