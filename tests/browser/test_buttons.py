@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from playwright.sync_api import Page
 
@@ -12,7 +13,14 @@ from comfy_sude import files
 
 from .test_frontend import create
 
+REPO = Path(__file__).resolve().parents[2]
 TRAINING = {"baseline": "DreamBooth LoRA", "baseline.steps": 5000, "baseline.train_text_encoder": False}
+
+
+@pytest.fixture
+def picture(client: ComfyClient) -> str:
+    """A picture of a subject, uploaded."""
+    return client.upload_image("button.png", (REPO / "workflows" / "spike.png").read_bytes())
 
 
 def button(page: Page, label: str) -> str:

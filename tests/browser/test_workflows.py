@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Page
 from safetensors.numpy import load_file, save_file
 
 from bench.comfy_client import ComfyClient
 from bench.comfy_server import PACK, ComfyServer, link
+from comfy_sude import files
 
 REPO = Path(__file__).resolve().parents[2]
 WORKFLOWS = REPO / "workflows"
@@ -64,6 +66,9 @@ def furnished(server: ComfyServer, checkpoint) -> str:
     link(mini, folder / "v1-5-pruned-emaonly-fp16.safetensors")
     for name in ("spike.png", "example.png"):
         shutil.copy(WORKFLOWS / "spike.png", server.base / "input" / name)
+    saved = server.base / "output" / "sude" / "spike_00001_.safetensors"
+    if not saved.is_file():  # only to be named
+        files.write(saved, {"x": torch.zeros(1)}, {})
     return mini.name
 
 

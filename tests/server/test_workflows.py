@@ -10,11 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from safetensors.numpy import load_file, save_file
 
 from bench.comfy_client import ComfyClient, Result
 from bench.comfy_server import ComfyServer, link
+from comfy_sude import files
 
 REPO = Path(__file__).resolve().parents[2]
 WORKFLOWS = REPO / "workflows"
@@ -56,6 +58,7 @@ PAPER = {  # spec of the released code: 500 steps at 1e-6, w_s 0.4; sampled by 5
     "baseline.identifier": "sks",
 }
 
+SPIKE = "spike_00001_.safetensors"  # what reuse_subject names
 SILENCE = 2.0  # seconds the node may say nothing
 MIB = 1024**2
 
@@ -71,6 +74,9 @@ def furnished(server: ComfyServer, checkpoint) -> str:
     link(mini, folder / "v1-5-pruned-emaonly-fp16.safetensors")
     shutil.copy(WORKFLOWS / "spike.png", server.base / "input" / "spike.png")
     shutil.copy(WORKFLOWS / "spike.png", server.base / "input" / "example.png")
+    saved = server.base / "output" / "sude" / SPIKE
+    if not saved.is_file():  # only to be named; the quick start saves a real one
+        files.write(saved, {"x": torch.zeros(1)}, {})
     return name
 
 
@@ -118,7 +124,7 @@ def literal(workflow: dict, value: object) -> object:
 
 
 def test_every_workflow_is_shipped_in_both_formats():
-    assert {"quickstart", "compare_baselines", "dreambooth_sd15", "lora_sd15"} <= set(NAMES)
+    assert {"quickstart", "compare_baselines", "dreambooth_sd15", "lora_sd15", "reuse_subject"} <= set(NAMES)
     assert NAMES == sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 
 
@@ -259,7 +265,24 @@ def test_the_quick_start_runs_as_a_plain_prompt_and_is_cached_the_second_time(cl
     assert not any("training" in text for _, text in again.texts)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"quickstart"}))
+def test_what_the_quick_start_saved_is_drawn_again_without_training(
+    server: ComfyServer, client: ComfyClient, furnished: str
+):
+    first = small(api("quickstart"), training_seed=51)
+    check_quickstart(first, client.submit(first), client)
+    saved = max((server.base / "output" / "sude").glob("spike_*"), key=lambda path: path.stat().st_mtime_ns)
+    workflow = small(api("reuse_subject"))
+    assert not nodes(workflow, "SuDeFineTune") and {"SuDeLoadSubject", "SuDeApplySubject", "SuDePrompt"} <= {
+        node["class_type"] for node in workflow.values()
+    }
+    workflow[nodes(workflow, "SuDeLoadSubject")[0]]["inputs"]["subject_file"] = saved.name
+    again = client.submit(workflow)
+    assert again.error is None, again.error
+    (picture,) = again.images(nodes(workflow, "SaveImage")[0])
+    assert client.view(picture)[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"quickstart", "reuse_subject"}))
 def test_the_workflows_for_stable_diffusion_run(client: ComfyClient, furnished: str, name: str):
     workflow = small(api(name))
     result = client.submit(workflow)
