@@ -55,6 +55,7 @@ class Moment:
     steps: int = 0
     seconds_a_step: float = 0.0
     phase: str = ""
+    started: int | None = None  # the step the training began at; all of them if it was found whole
 
 
 class World:
@@ -117,8 +118,12 @@ def run(client: ComfyClient, workflow: dict, phase: str = "", strike: Callable[[
             return
         text = data["text"]
         moment.phase = text.split(" ")[0]
+        if "reused" in text:
+            moment.started = STEPS
         if text.startswith("training "):
             moment.steps = int(text.split(" ")[1].split("/")[0])
+            if moment.started is None:
+                moment.started = moment.steps
             stamps.append((time.monotonic(), moment.steps))
             if stamps[-1][1] > stamps[0][1]:
                 moment.seconds_a_step = (stamps[-1][0] - stamps[0][0]) / (stamps[-1][1] - stamps[0][1])
@@ -141,6 +146,18 @@ def resumed_at(result: Result) -> int:
     return int(said.split("resumed at step ")[1].split(" ")[0].rstrip(",;")) if "resumed at step" in said else 0
 
 
+def lose(row: Row, moment: Moment, started: int, name: str) -> bool:
+    """Enter how much was done in vain before a fault; whether that is more than a save's interval."""
+    lost = max(0, moment.steps - started)
+    seconds = lost * moment.seconds_a_step
+    row.most_steps_lost = max(row.most_steps_lost, lost)
+    row.most_seconds_lost = max(row.most_seconds_lost, round(seconds, 2))
+    if seconds > INTERVAL + SLACK:
+        row.wrong.append(f"{name}: {lost} steps ({seconds:.1f} s) lost")
+        return True
+    return False
+
+
 def judge(row: Row, world: World, result: Result | None, moment: Moment | None, name: str) -> None:
     """Enter what came out after a fault."""
     row.tried += 1
@@ -150,14 +167,8 @@ def judge(row: Row, world: World, result: Result | None, moment: Moment | None, 
     if world.outcome() != world.truth:
         row.wrong.append(f"{name}: another result")
         return
-    if moment is not None:
-        lost = max(0, moment.steps - resumed_at(result))
-        seconds = lost * moment.seconds_a_step
-        row.most_steps_lost = max(row.most_steps_lost, lost)
-        row.most_seconds_lost = max(row.most_seconds_lost, round(seconds, 2))
-        if seconds > INTERVAL + SLACK:
-            row.wrong.append(f"{name}: {lost} steps ({seconds:.1f} s) lost")
-            return
+    if moment is not None and lose(row, moment, resumed_at(result), name):
+        return
     row.survived += 1
 
 
@@ -170,22 +181,30 @@ def undisturbed(world: World) -> None:
 
 
 def kills(world: World, phase: str, times: int) -> Row:
-    """kill -9 at random moments of a phase; the next server finishes what the last one began."""
+    """kill -9 at random moments of a phase, again and again, until each training is whole after all."""
     row = Row(f"kill -9 while {phase}")
-    moment, name = None, ""
-    for index in range(times + 1):
+    world.forget()
+    since: list[Moment] = []  # the kills of this training, the last one last
+    while row.tried < times or since:
         with world.server() as server, ComfyClient(server.address) as client:
-            if moment is not None:
-                result, _ = run(client, world.workflow(client))
-                judge(row, world, result, moment, name)
-            if index < times:
-                world.forget()
-                client.free()
-                workflow = world.workflow(client)
-                result, moment = run(client, workflow, phase, lambda _, server=server: server.process.kill())
-                name = f"{index} in {moment.phase} {moment.steps}" + (" (too late)" if result is not None else "")
-                server.process.kill()
+            workflow = world.workflow(client)
+            strike = (lambda _, server=server: server.process.kill()) if row.tried + len(since) < times else None
+            result, moment = run(client, workflow, phase, strike)
+            if since and moment.started is not None:
+                lose(row, since[-1], moment.started, f"{phase} {row.tried + len(since)}")
+            if result is None:
+                since.append(moment)
                 server.process.wait()
+                continue
+            whole = result.error is None and world.outcome() == world.truth
+            row.tried += len(since)
+            row.survived += len(since) if whole else 0
+            if not whole:
+                row.wrong.append(f"{phase}: another result after {len(since)} kills, or {result.error}")
+            since = []
+            world.forget()
+            if strike is not None:  # it came too late: the timer may still strike
+                server.process.kill()
     return row
 
 
@@ -372,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             options.json.write_text(json.dumps([asdict(one) for one in rows], indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    return int(any(row.survived < row.tried for row in rows))
+    return int(any(row.wrong or row.survived < row.tried for row in rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import combinations
 
 import comfy.model_management
 import comfy.model_patcher
@@ -72,62 +73,59 @@ def advice(baseline: Baseline, latent_size: tuple[int, int], free: float) -> str
     """
     now = needed(baseline, latent_size)
     budget = min(free, 0.9 * now)  # the estimate is rough: what is hardly less than now is no help
-    said, smallest = [], ("", now)
-    for text, recipe, size in _smaller(baseline.recipe, latent_size):
-        need = needed(REGISTRY[recipe.method](recipe, baseline.networks), size)
-        if need <= budget:
-            said.append(f"{text} (about {need / 1e9:.1f} GB)")
-        if need < smallest[1]:
-            smallest = (text, need)
+    said, least = [], (now, "what is set now")
+    for alternatives in _smaller(baseline.recipe, latent_size):
+        needs = [
+            (needed(REGISTRY[recipe.method](recipe, baseline.networks), size), text)
+            for text, recipe, size in alternatives
+        ]
+        said += [f"{text} (about {need / 1e9:.1f} GB)" for need, text in needs if need <= budget][:2]
+        least = min([least, *needs])
     if said:
         remedy = f"Any of these should fit: {'; '.join(said[:4])}."
     else:
-        remedy = (
-            f"The least this can need is about {smallest[1] / 1e9:.1f} GB, with {smallest[0] or 'what is set now'}."
-        )
+        remedy = f"The least this can need is about {least[0] / 1e9:.1f} GB, with {least[1]}."
     return (
         f"out of memory: this training needs about {now / 1e9:.1f} GB, {free / 1e9:.1f} GB were free. {remedy} The "
         "options are in SuDe Training Options."
     )
 
 
-def _smaller(recipe: Recipe, size: tuple[int, int]) -> Iterator[tuple[str, Recipe, tuple[int, int]]]:
-    """Recipes that need less memory, with their latent size and what to change: single changes, then all together."""
+def _smaller(recipe: Recipe, size: tuple[int, int]) -> Iterator[list[tuple[str, Recipe, tuple[int, int]]]]:
+    """Recipes that need less memory, with what to change and their latent size, in groups of alternatives.
+
+    One change, two and so on of the options; then half the side, another baseline, and all at once.
+    """
     options = recipe.options
     changes = {
-        "gradient_checkpointing on": {"gradient_checkpointing": True},
-        "precision bf16": {"precision": "bf16"},
-        "optimizer Adafactor": {"optimizer": "Adafactor"},
-        "batch_size 1": {"batch_size": 1},
-        "reference current": {"reference": "current"},
+        "gradient_checkpointing on": ("gradient_checkpointing", True),
+        "precision bf16": ("precision", options.precision if options.precision != "fp32" else "bf16"),
+        "optimizer Adafactor": ("optimizer", "Adafactor"),
+        "batch_size 1": ("batch_size", 1),
+        "reference current": ("reference", "current"),
     }
-    changes = {
-        text: change for text, change in changes.items() if any(getattr(options, k) != v for k, v in change.items())
-    }
-    if options.precision != "fp32":
-        changes.pop("precision bf16", None)
-    for text, change in changes.items():
-        yield text, dataclasses.replace(recipe, options=dataclasses.replace(options, **change)), size
-    together = dataclasses.replace(
-        options, **{name: value for change in changes.values() for name, value in change.items()}
-    )
-    if len(changes) > 1:
-        yield " with ".join(changes), dataclasses.replace(recipe, options=together), size
+    changes = {text: change for text, change in changes.items() if getattr(options, change[0]) != change[1]}
+
+    def changed(start: Recipe, names: Iterable[str]) -> Recipe:
+        return dataclasses.replace(start, options=dataclasses.replace(options, **dict(changes[name] for name in names)))
+
+    for count in range(1, len(changes) + 1):
+        yield [(" and ".join(names), changed(recipe, names), size) for names in combinations(changes, count)]
     half = (max(8, size[0] // 2), max(8, size[1] // 2))
+    resolution = f"resolution {8 * half[0]}"
+    lora = recipe
     if half != size:
-        resolution = f"resolution {8 * half[0]}"
-        yield resolution, recipe, half
+        yield [(resolution, recipe, half)]
     if recipe.method != "DreamBooth LoRA":
-        settings = DreamBoothLoRASettings(w_s=recipe.baseline.w_s)
+        settings = DreamBoothLoRASettings(w_s=recipe.baseline.w_s, identifier=recipe.baseline.identifier)
         lora = dataclasses.replace(recipe, method="DreamBooth LoRA", baseline=settings)
-        yield "baseline DreamBooth LoRA", lora, size
-        yield (
-            " with ".join(["baseline DreamBooth LoRA", *changes]),
-            dataclasses.replace(lora, options=together),
-            size,
-        )
-    if half != size:
-        yield " with ".join([resolution, *changes]), dataclasses.replace(recipe, options=together), half
+        yield [("baseline DreamBooth LoRA", lora, size)]
+    everything = [
+        *changes,
+        *([resolution] if half != size else []),
+        *(["baseline DreamBooth LoRA"] if lora is not recipe else []),
+    ]
+    yield [(" and ".join(everything), changed(lora, changes), half)]
 
 
 class Residence:

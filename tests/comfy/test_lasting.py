@@ -1,6 +1,7 @@
 """Nothing trained is lost: found again, resumed bit for bit, stopped early, kept in files, told about full disks."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -251,7 +252,10 @@ def test_out_of_memory_names_what_would_have_fitted(models, picture, tmp_path, m
         train(models, picture, tmp_path, recipe(batch_size=4), Silent(full), retrain=False)
     said = str(raised.value)
     assert "out of memory: this training needs about 2.1 GB, 1.2 GB were free" in said
-    assert "Any of these should fit: gradient_checkpointing on (about 1." in said
+    fitting = re.findall(r"([a-z][\w ]*) \(about (\d\.\d) GB\)", said)
+    assert len(fitting) == 4 and all(float(gigabytes) <= 1.2 for _, gigabytes in fitting), said
+    changes = [text.split(" and ") for text, _ in fitting]
+    assert 1 < len(changes[0]) <= len(changes[-1]), "no single change fits here, and the fewest come first"
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
     with pytest.raises(torch.OutOfMemoryError, match=r"The least this can need is about 0\.\d GB, with .*LoRA"):
         train(models, picture, tmp_path, recipe(batch_size=4), Silent(full), retrain=True)
