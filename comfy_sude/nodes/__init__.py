@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import routes
+from .export_subject import SuDeExportSubject
 from .fine_tune import SuDeFineTune
 from .options import SuDeTrainingOptions
 from .prompt import SuDePrompt
@@ -26,5 +27,6 @@ class SuDeExtension(ComfyExtension):
             SuDeSaveSubject,
             SuDeLoadSubject,
             SuDeApplySubject,
+            SuDeExportSubject,
             SuDeStore,
         ]

@@ -118,7 +118,9 @@ def test_another_sampling_seed_does_not_train_again(client: ComfyClient, checkpo
 def test_the_same_seed_gives_the_same_picture_after_another_training(client: ComfyClient, checkpoint, picture: str):
     seen = []
     for seed in (3, 4, 3):
-        result = client.submit(workflow(client, checkpoint(), picture, {**LORA, "training_seed": seed, "retrain": True}))
+        result = client.submit(
+            workflow(client, checkpoint(), picture, {**LORA, "training_seed": seed, "retrain": True})
+        )
         seen.append(pixels(client, result))
         client.free()  # the server forgets its results, so the third run starts from nothing
     assert seen[0] == seen[2] and seen[0] != seen[1]
