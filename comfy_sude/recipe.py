@@ -239,7 +239,9 @@ def check_values(values) -> None:
         if "low" in limits and not _within(value, limits["low"], limits["high"], isinstance(preset, int)):
             kind = "a whole number" if isinstance(preset, int) else "a number"
             bounds = f"from {limits['low']:g} to {limits['high']:g}"
-            raise ValueError(f"{spec.name} is {value}, but it must be {kind} {bounds}; the preset is {preset:g}.")
+            raise ValueError(f"{spec.name} is {value!r}, but it must be {kind} {bounds}; the preset is {preset:g}.")
+        if "options" not in limits and isinstance(value, str):
+            captions.check_text(spec.name, value)
         if "options" in limits and value not in limits["options"]:
             raise ValueError(f"{spec.name} is {value!r}, but it must be one of: {', '.join(limits['options'])}.")
 

