@@ -22,7 +22,7 @@ from .subject import Subject
 from .train import Log, Predictors, Trainer
 
 ALGORITHM = 1  # raised when the same recipe trains to another result, so that older ones are not taken for it
-WORTH_KEEPING = 1e9  # bytes: the state of a finished training up to this size is kept, for training on from it
+WORTH_KEEPING = 3e8  # bytes: the state of a finished training up to this size is kept, for training on from it
 
 
 def fine_tune(

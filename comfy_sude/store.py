@@ -87,7 +87,7 @@ class Store:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if size > self.limit or self.limit <= 0:
             return False
-        self._make_room(self.limit - size, keep=path)
+        self.make_room(self.limit - size, keep=path)
         try:
             files.write(path, tensors, metadata or {})
         except OSError as error:
@@ -112,7 +112,7 @@ class Store:
         """Bytes of all entries."""
         return sum(entry.bytes for entry in self.entries())
 
-    def _make_room(self, target: float, keep: Path) -> None:
+    def make_room(self, target: float, keep: Path | None = None) -> None:
         """Remove the longest unused entries until all but `keep` take no more than `target` bytes together."""
         for litter in self.folder.glob(f".*{files.TEMPORARY}"):
             with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ import pytest
 
 from bench.comfy_client import ComfyClient
 from bench.comfy_server import ComfyServer, comfyui_folder, prepare_base
+from comfy_sude.store import GIGABYTE, Store
 
 REPO = Path(__file__).resolve().parents[1]
 SERVER = pytest.StashKey[ComfyServer]()
@@ -37,6 +38,15 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
         request.config.stash[SERVER] = running
         yield running
         del request.config.stash[SERVER]
+
+
+@pytest.fixture(autouse=True)
+def small_store(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep what the tests' trainings leave on disk small."""
+    yield
+    server = request.config.stash.get(SERVER, None)
+    if server and "server" in request.fixturenames:
+        Store(server.base / "user" / "sude").make_room(2 * GIGABYTE)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ STEPS = 40
 INTERVAL = 1.0  # seconds between two saves
 SLACK = 2.0  # seconds a save may take and a text may be late on a busy machine
 CHECKPOINT = "faults.safetensors"
+JOBS = ("interrupt", "disk", "two")
 
 
 @dataclass
@@ -365,28 +366,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=500, help="damaged files read")
     parser.add_argument("--base", type=Path, default=WORK / "faults")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=["files", "server", *JOBS, *PHASES], help="some of the faults")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(arguments)
     random.seed(options.seed)
     world = World(options.base)
     world.forget()
     undisturbed(world)
-    rows = []
-    jobs = [
-        lambda: damages(world, options.files),
-        lambda: damages_served(world, max(2, options.kills)),
-        lambda: interrupts(world, options.interrupts),
-        lambda: full_disk(world, 4),
-        lambda: two_servers(world, 4),
-        *(lambda phase=phase: kills(world, phase, options.kills) for phase in PHASES),
-    ]
-    for job in jobs:
+    jobs: dict[str, Callable[[], Row | None]] = {
+        "files": lambda: damages(world, options.files),
+        "server": lambda: damages_served(world, max(2, options.kills)),
+        "interrupt": lambda: interrupts(world, options.interrupts),
+        "disk": lambda: full_disk(world, 4),
+        "two": lambda: two_servers(world, 4),
+        **{phase: lambda phase=phase: kills(world, phase, options.kills) for phase in PHASES},
+    }
+    rows: list[Row] = []
+    if options.only and options.json and options.json.is_file():  # the others' rows stay
+        rows = [Row(**row) for row in json.loads(options.json.read_text(encoding="utf-8"))]
+    for name, job in jobs.items():
+        if options.only and name not in options.only:
+            continue
         began = time.monotonic()
         row = job()
         if row is None:
             print("(a file system of limited size could not be mounted: the full disk was not tried)", flush=True)
             continue
-        rows.append(row)
+        rows = [one for one in rows if one.fault != row.fault] + [row]
         print(f"{row.fault}: {row.survived} of {row.tried} in {time.monotonic() - began:.0f} s {row.wrong}", flush=True)
         if options.json:
             options.json.write_text(json.dumps([asdict(one) for one in rows], indent=1) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..diffusion import NoiseProcess
 from ..store import key, tensor_hash
-from .reference import with_taps
+from .reference import tappable, with_taps
 
 FAMILIES = {"SD15": 512, "SD20": 512}  # supported model configs and their native side in pixels
 V_PREDICTION_SIDE = 768  # SD2.x-v
@@ -189,6 +189,8 @@ def build_unet(model, device="cpu"):
     base.latent_format = model.get_model_object("latent_format")
     for name, parameter in base.diffusion_model.named_parameters():
         parameter.data = current_weight(model, PREFIX + name, device)
+        parameter.requires_grad_(False)  # older versions of ComfyUI (0.16.3) make it trainable
+    tappable(base.diffusion_model)
     return base
 
 

@@ -12,7 +12,7 @@ LOG_INTERVAL = 15.0  # seconds between two log lines
 SILENCE = 1.0  # seconds after which the text is sent again, so that nobody takes a slow step for the end
 
 
-_running: dict[str, "Progress"] = {}  # by node
+_running: dict[str, "Progress"] = {}  # trainings by node
 
 
 def finish_early(node_id: str) -> bool:
@@ -31,12 +31,15 @@ class Progress:
     """Progress bar, text line on the node and log of a training's phases.
 
     Every `step` also asks whether the person pressed stop, and raises ComfyUI's InterruptProcessingException then. In a
-    `with` statement the text is also repeated while one step or a phase without steps takes long, and `finish_early`
-    finds it.
+    `with` statement the text is also repeated while one step or a phase without steps takes long.
+
+    Args:
+        node_id: the node; None where there is none to show anything.
+        can_finish: whether this is a training that `finish_early` may end, by setting `enough`.
     """
 
-    def __init__(self, node_id: str | None = None):
-        self.node_id = node_id
+    def __init__(self, node_id: str | None = None, can_finish: bool = False):
+        self.node_id, self.can_finish = node_id, can_finish
         self.enough = False
         self._notice = ""
         self._send_text = None
@@ -49,7 +52,7 @@ class Progress:
         self.phase("starting", 1)
 
     def __enter__(self) -> "Progress":
-        if self.node_id is not None:
+        if self.node_id is not None and self.can_finish:
             _running[self.node_id] = self
         if self._send_text is not None:
             threading.Thread(target=self._repeat, name="SuDe progress", daemon=True).start()

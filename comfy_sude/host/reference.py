@@ -1,8 +1,9 @@
 """Inside the UNet's transformers: taps of a prediction, and ViCo's attention to a reference picture when sampling.
 
-Everything goes through ComfyUI's own patch points: `forward_timestep_embed_patch` hands over a transformer layer, a
+Everything goes through ComfyUI's own patch points: an object patch stands for a transformer layer's `forward`, a
 DIFFUSION_MODEL wrapper runs the reference's pass, an OUTER_SAMPLE wrapper holds what one sampling run knows. The
-objects on the MODEL keep no state of a run, so clones can share them.
+objects on the MODEL keep no state of a run, so clones can share them. (`forward_timestep_embed_patch`, which looks made
+for this, is not asked about transformer layers in older versions of ComfyUI such as 0.16.3.)
 """
 
 import logging
@@ -18,7 +19,7 @@ from ..image_attention import Attend, ImageBlock, Record, key
 from .placeholder import END, POSITIONS
 
 WRAPPER = "sude_reference"
-PATCH = "forward_timestep_embed_patch"
+TAPS = "sude_taps"  # in the transformer options: the taps (baselines.base.Taps) of this prediction
 HANDED_ON = ("optimized_attention_override", "prefetch_dynamic_vbars")  # options that the reference's pass needs too
 
 
@@ -26,39 +27,36 @@ HANDED_ON = ("optimized_attention_override", "prefetch_dynamic_vbars")  # option
 
 
 def with_taps(options: dict, taps) -> dict:
-    """A copy of transformer options in which a prediction of a UNet calls `taps` (see baselines.base.Taps)."""
-    patches = options.get("patches", {})
-    return {
-        **options,
-        "patches": {
-            **patches,
-            PATCH: [*patches.get(PATCH, []), (SpatialTransformer, TransformerPatch(lambda _: taps))],
-        },
-    }
+    """A copy of transformer options in which a prediction of a UNet calls `taps`, where its layers are `tappable`."""
+    return {**options, TAPS: [*options.get(TAPS, ()), taps]}
 
 
-class TransformerPatch:
-    """ComfyUI's patch for transformer layers: runs the layer and calls taps after its last block.
+def tappable(unet: nn.Module) -> None:
+    """Make every transformer layer of an own UNet call the taps in its options."""
+    for place, layer in unet.named_modules():
+        if isinstance(layer, SpatialTransformer):
+            layer.forward = TappedForward(layer, place, layer.forward)
 
-    ComfyUI calls only the first patch that fits a layer, so that one serves those behind it too.
+
+class TappedForward:
+    """A transformer layer's `forward` that calls the taps in its options after the layer's last block.
 
     Args:
-        find: transformer options -> the taps of this call, or None.
+        layer: a SpatialTransformer.
+        place: its name, "output_blocks.4.1".
+        forward: its own `forward`, or what another patch put there; runs where no taps are.
     """
 
-    def __init__(self, find):
-        self.find = find
+    def __init__(self, layer: nn.Module, place: str, forward):
+        self.layer, self.place = layer, place
+        self.forward = forward.forward if isinstance(forward, TappedForward) else forward
 
-    def __call__(self, layer, x, emb, context, options, *_rest) -> Tensor:
+    def __call__(self, x: Tensor, context=None, transformer_options={}) -> Tensor:  # noqa: B006 the layer's own signature
         """The layer's output, as ComfyUI would have had it but for the taps."""
-        kind, number = options["block"]
-        place = f"{kind}_blocks.{number}.1"
-        found = [p.find(options) for _, p in options["patches"][PATCH] if isinstance(p, TransformerPatch)]
-        taps = [one for one in found if one is not None and place in one.places]
-        x = run_transformer(layer, x, context, options, place, taps) if taps else layer(x, context, options)
-        if "transformer_index" in options:
-            options["transformer_index"] += 1
-        return x
+        taps = [one for one in transformer_options.get(TAPS, ()) if self.place in one.places]
+        if not taps:
+            return self.forward(x, context, transformer_options)
+        return run_transformer(self.layer, x, context, transformer_options, self.place, taps)
 
 
 def run_transformer(layer, x: Tensor, context: Tensor, options: dict, place: str, taps: list) -> Tensor:
@@ -139,19 +137,19 @@ class ReferenceAttention:
     ):
         self.blocks, self.places, self.latent, self.placeholder = blocks, places, latent, placeholder.lower()
         self.strength, self.unconditional = strength, unconditional
-        self.state = f"{WRAPPER}_{id(self)}"  # where this object's taps and run are in the transformer options
+        self.state = f"{WRAPPER}_{id(self)}"  # where this object's run is in the transformer options
 
     def attach(self, model) -> None:
         """Put it on a MODEL clone."""
-        model.set_model_forward_timestep_embed_patch((SpatialTransformer, TransformerPatch(self._taps)))
+        for place in self.places:
+            name = f"diffusion_model.{place}"
+            layer, forward = model.get_model_object(name), model.get_model_object(f"{name}.forward")
+            model.add_object_patch(f"{name}.forward", TappedForward(layer, place, forward))
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, self.outer_sample)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER, self.diffusion_model)
         patcher = comfy.model_patcher.CoreModelPatcher(self.blocks, model.load_device, model.offload_device)
         # one key an object, so that a second subject is loaded beside the first
         model.set_additional_models(self.state, [patcher])
-
-    def _taps(self, options: dict) -> Attend | None:
-        return options.get(self.state, (None, None))[1]
 
     def outer_sample(self, executor, *args, **kwargs):
         """Around one sampling run: note what its prompts say."""
@@ -162,7 +160,7 @@ class ReferenceAttention:
                 "SuDe: the prompts were not encoded with the CLIP that knows %r; the reference picture is not masked.",
                 self.placeholder,
             )
-        guider.model_options["transformer_options"][self.state] = (run, None)
+        guider.model_options["transformer_options"][self.state] = run
         return executor(*args, **kwargs)
 
     def diffusion_model(
@@ -170,8 +168,7 @@ class ReferenceAttention:
     ):
         """Around one prediction: run the reference where it is needed, and let the noisy rows attend to it."""
         options = dict(transformer_options or {})
-        run, _ = options.get(self.state, (None, None))
-        run = run or Run({}, self.placeholder)
+        run = options.get(self.state) or Run({}, self.placeholder)
         names = options.get("uuids") or [None]  # of the prompts, one for each chunk of rows
         per_chunk = len(x) // len(names)
         rows, wanted = [], []
@@ -183,7 +180,7 @@ class ReferenceAttention:
         if rows:
             tokens, masks = self._references(executor.class_obj, run, x, timesteps, context, rows, wanted, options)
             some = None if len(rows) == len(x) else torch.tensor(rows, device=x.device)
-            options[self.state] = (run, Attend(self.blocks, tokens, masks, some, self.strength))
+            options = with_taps(options, Attend(self.blocks, tokens, masks, some, self.strength))
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def _references(self, unet, run: Run, x, timesteps, context, rows, wanted, options) -> tuple[dict, dict]:

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 from .. import files
 from ..host import export
 from ..host.progress import Progress
-from ..subject import PRECISIONS
-from .sockets import CATEGORY, SubjectSocket
+from ..subject import PRECISIONS, Subject
+from .sockets import CATEGORY, SubjectSocket, expect
 
 FORMATS = {
     "LoRA": "for Load LoRA, with every change exactly as learned (DreamBooth: as large as the checkpoint).",
@@ -79,6 +79,7 @@ class SuDeExportSubject(io.ComfyNode):
         cls, subject, model, clip, format="LoRA", filename_prefix="subject", rank=32, precision="fp32"
     ) -> io.NodeOutput:
         """Make the tensors, write them. Raises ValueError for a subject that has no such form."""
+        expect(subject, Subject, "subject", "SuDe Fine-Tune or SuDe Load Subject")
         for name, value, known in (("format", format, FORMATS), ("precision", precision, PRECISIONS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, but it must be one of: {', '.join(known)}.")

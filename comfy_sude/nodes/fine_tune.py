@@ -9,7 +9,7 @@ from ..host import folders
 from ..host.apply import apply_subject
 from ..host.progress import Progress
 from ..recipe import Options, Recipe
-from .sockets import CATEGORY, OptionsSocket, SubjectSocket, widgets
+from .sockets import CATEGORY, OptionsSocket, SubjectSocket, expect, widgets
 
 
 class SuDeFineTune(io.ComfyNode):
@@ -96,14 +96,16 @@ class SuDeFineTune(io.ComfyNode):
         retrain=False,
     ) -> io.NodeOutput:
         """Train, then patch clones of MODEL and CLIP. Raises ValueError on what cannot be trained."""
-        recipe = read_recipe(category, baseline, training_seed, options or Options()).checked()
+        options = Options() if options is None else options
+        expect(options, Options, "options", "SuDe Training Options, or nothing")
+        recipe = read_recipe(category, baseline, training_seed, options).checked()
         if class_images is not None and recipe.options.prior.kind != "class images":
             raise ValueError(
                 f"class_images are connected, but the prior is {recipe.options.prior.kind!r} and would not use them: "
                 "disconnect them or set the prior to 'class images' in SuDe Training Options (ViCo has none)."
             )
         entries = folders.store(recipe.options.keeping.store_limit)
-        with Progress(cls.hidden.unique_id) as report:
+        with Progress(cls.hidden.unique_id, can_finish=True) as report:
             subject = fine_tune(model, clip, vae, image, recipe, report, entries, class_images, retrain)
             patched = apply_subject(model, clip, subject)
             remark = subject.metadata.get("remark")

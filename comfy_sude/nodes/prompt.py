@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from .sockets import CATEGORY, SubjectSocket
+from ..subject import Subject
+from .sockets import CATEGORY, SubjectSocket, expect
 
 
 class SuDePrompt(io.ComfyNode):
@@ -30,4 +31,5 @@ class SuDePrompt(io.ComfyNode):
     @classmethod
     def execute(cls, subject, attribute="", context="") -> io.NodeOutput:
         """The caption."""
+        expect(subject, Subject, "subject", "SuDe Fine-Tune or SuDe Load Subject")
         return io.NodeOutput(subject.prompt(attribute, context))

@@ -9,6 +9,12 @@ SubjectSocket = io.Custom("SUDE_SUBJECT")
 OptionsSocket = io.Custom("SUDE_OPTIONS")
 
 
+def expect(value, kind: type, name: str, source: str) -> None:
+    """Raises ValueError for a plain value where a socket's own type belongs, which ComfyUI's API lets through."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {type(value).__name__}: connect {source}.")
+
+
 def widget(spec: dataclasses.Field, **extra):
     """The input widget of one settings field."""
     help, default = spec.metadata["help"], spec.default

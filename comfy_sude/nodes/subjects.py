@@ -13,7 +13,7 @@ from ..host import folders
 from ..host.apply import apply_subject, differences
 from ..host.progress import Progress
 from ..subject import PRECISIONS, Subject
-from .sockets import CATEGORY, SubjectSocket
+from .sockets import CATEGORY, SubjectSocket, expect
 
 NONE = "(no subject saved yet)"
 LARGEST_THUMBNAIL = 512  # px; a file from a stranger may claim anything
@@ -55,6 +55,7 @@ class SuDeSaveSubject(io.ComfyNode):
     @classmethod
     def execute(cls, subject: Subject, filename_prefix="subject", precision="fp32") -> io.NodeOutput:
         """Write the file."""
+        expect(subject, Subject, "subject", "SuDe Fine-Tune or SuDe Load Subject")
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, but it must be one of: {', '.join(PRECISIONS)}.")
         path = files.free_path(folders.subjects_folder(), filename_prefix)
@@ -169,6 +170,7 @@ class SuDeApplySubject(io.ComfyNode):
         if model is None or clip is None:
             missing = "model" if model is None else "clip"
             raise ValueError(f"{missing} is missing: connect the {missing.upper()} of a checkpoint.")
+        expect(subject, Subject, "subject", "SuDe Fine-Tune or SuDe Load Subject")
         with Progress(cls.hidden.unique_id) as report:
             report.phase("applying", 1)
             patched = apply_subject(model, clip, subject, strength_model, strength_clip)

@@ -51,11 +51,16 @@ def recipe(
 
 
 def train(models, picture, folder, recipe, report=None, class_images=None, retrain=True):
-    """`fine_tune` as the node calls it, with the store in a folder; trained anew unless told otherwise."""
+    """`fine_tune` as the node calls it, with the store in a folder.
+
+    Trained anew unless told otherwise; then what is large is not stored, to spare the disk.
+    """
     from comfy_sude.finetune import fine_tune
     from comfy_sude.store import Store
 
-    return fine_tune(*models, picture, recipe, report or Silent(), Store(folder), class_images, retrain)
+    return fine_tune(
+        *models, picture, recipe, report or Silent(), Store(folder, 3e6 if retrain else 20e9), class_images, retrain
+    )
 
 
 def sample(model, clip, text: str = "photo of a sks dog", seed: int = 1, steps: int = 2) -> torch.Tensor:

@@ -13,6 +13,7 @@ from comfy_sude.host import images, text
 from comfy_sude.host import model as host_model
 from comfy_sude.host.apply import apply_subject
 from comfy_sude.recipe import Prior
+from comfy_sude.store import Store
 from comfy_sude.train import Predictors, Trainer
 
 from .helpers import Silent, recipe, sample, train
@@ -91,7 +92,7 @@ def test_class_images_are_drawn_once_and_found_again(models, picture, tmp_path):
     assert tensors_equal(a, b)
     train(models, picture, tmp_path, recipe(category="cat"), other)
     assert "drawing class images" in other.phases
-    (damaged, _) = sorted((tmp_path / "class_images").iterdir())
+    damaged, _ = [entry.path for entry in Store(tmp_path).entries("class_images")]
     damaged.write_bytes(damaged.read_bytes()[:100])
     third, fourth = Silent(), Silent()
     train(models, picture, tmp_path, recipe(), third)
@@ -102,7 +103,7 @@ def test_class_images_are_drawn_once_and_found_again(models, picture, tmp_path):
 def test_own_class_images_replace_drawing_them(models, picture, tmp_path):
     report = Silent()
     train(models, picture, tmp_path, recipe(), report, class_images=picture.flip(1).repeat(3, 1, 1, 1))
-    assert "drawing class images" not in report.phases and not (tmp_path / "class_images").exists()
+    assert "drawing class images" not in report.phases and not Store(tmp_path).entries("class_images")
 
 
 @pytest.mark.parametrize("method", [name for name in REGISTRY if REGISTRY[name].settings.TAKES_PRIOR])

@@ -358,12 +358,12 @@ def test_conditioning_nodes_in_between_keep_the_position(models, subject):
     assert sum(seen.references) == 3 and torch.isfinite(seen.samples).all()
 
 
-def test_a_model_without_the_places_is_refused(models, subject, load):
+def test_a_model_without_the_places_is_refused(models, subject, load, tmp_path):
     other = load("abs")
     with pytest.raises(ValueError, match="does not fit this model: it attends to its picture at output_blocks.1.1"):
         apply_subject(other[0], models[1], subject)
     with pytest.raises(ValueError, match="no cross-attention in its decoder"):
-        train(other, torch.rand(1, 64, 64, 3), None, recipe("ViCo"))
+        train(other, torch.rand(1, 64, 64, 3), tmp_path, recipe("ViCo"))
 
 
 def test_the_subject_says_where_it_attends(subject):

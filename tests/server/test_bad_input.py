@@ -209,6 +209,7 @@ def test_a_picture_with_an_alpha_channel_trains_as_if_on_white(client: ComfyClie
         flow["2"] = client.node("LoadImage", {"image": upload(client, image, name)})
         flow["8"] = client.node("JoinImageWithAlpha", {"image": ["2", 0], "alpha": ["2", 1]})
         flow[TRAINER]["inputs"]["image"] = ["8", 0]
+        flow[TRAINER]["inputs"]["retrain"] = True  # the two are one picture to the store as well
         if image is on_white:
             del flow["8"]
             flow[TRAINER]["inputs"]["image"] = ["2", 0]
