@@ -85,11 +85,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             expected = metadata.pop(CHECKSUM, None)
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except OSError:
+            mapped = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever the parser makes of broken bytes
         raise DamagedFile(f"{path.name} is damaged or no safetensors file ({error}).") from error
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}  # outside: no memory is no damage
     if expected is None:
         raise DamagedFile(f"{path.name} carries no checksum of this pack.")
     digest = _Digest(metadata)

@@ -46,6 +46,20 @@ def test_a_damaged_entry_is_computed_again_instead_of_failing(tmp_path, damage):
     assert entries.get("kind", "entry") is not None
 
 
+def test_an_entry_for_which_there_is_no_memory_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    entries = Store(tmp_path)
+    entries.put("kind", "entry", TENSORS)
+
+    def full(tensor):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", full)
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            entries.get("kind", "entry")
+    assert entries.get("kind", "entry") is not None
+
+
 def test_a_second_put_replaces_the_first(tmp_path):
     entries = Store(tmp_path)
     entries.put("kind", "entry", {"x": torch.zeros(2)})
