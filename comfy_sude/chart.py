@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .train import TERMS, Log
+from .log import TERMS, Log
 
 WIDTH, HEAD, PANEL, FOOT = 900, 30, 176, 32
 BACKGROUND, INK, GRID = (24, 26, 31), (226, 228, 233), (58, 61, 69)

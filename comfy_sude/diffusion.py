@@ -75,3 +75,13 @@ class NoiseProcess:
             return prediction
         alpha, sigma = self.signal(t, prediction)
         return alpha * prediction + sigma * x_t
+
+    def ddim(self, x_t: Tensor, prediction: Tensor, t: Tensor, then: Tensor | None) -> Tensor:
+        """[B, C, h, w] the DDIM step (Song et al. 2021, eta 0) from t [B] to `then` [B], or to the clean latent.
+
+        The prediction is the model's own; all in model scale.
+        """
+        alpha, sigma = self.signal(t, x_t)
+        noise = self.to_noise(prediction, x_t, t)
+        z = alpha * x_t - sigma * prediction if self.prediction == "v" else (x_t - sigma * noise) / alpha
+        return z if then is None else self.add_noise(z, noise, then)

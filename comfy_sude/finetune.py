@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import logging
 import traceback
+import uuid
 from functools import partial
 
 import comfy.model_management
@@ -14,12 +15,14 @@ from . import captions, data, store, subject
 from .baselines import REGISTRY
 from .baselines.base import Baseline, Networks
 from .data import Latents
-from .host import images, memory, provenance, text
+from .host import images, live, memory, provenance, text
 from .host import model as host_model
+from .log import Log
 from .recipe import Recipe
 from .resume import Keeper
 from .subject import Subject
-from .train import Log, Predictors, Trainer
+from .train import Predictors, Trainer
+from .watch import Watched, Watcher, wanted
 
 ALGORITHM = 1  # raised when the same recipe trains to another result, so that older ones are not taken for it
 WORTH_KEEPING = 3e8  # bytes: the state of a finished training up to this size is kept, for training on from it
@@ -61,6 +64,7 @@ def fine_tune(
     if not retrain:
         found = _remembered(entries, memo)
         if found is not None:
+            report.follow(Watched(found.log, recipe.baseline.w_s, recipe.baseline.steps))
             return found
     report.phase("preparing", 1)
     latent_format = model.get_model_object("latent_format")
@@ -79,7 +83,7 @@ def fine_tune(
         with torch.inference_mode(False), torch.enable_grad():
             latents = _ordinary(example, views), _ordinary(prior_latents)
             recall = _recall(clip, recipe, known["clip"], model.load_device, entries)
-            trained = _train(model, clip, process, recipe, *latents, report, keeper, facts, retrain, recall)
+            trained = _train(model, clip, vae, process, recipe, *latents, report, keeper, facts, retrain, recall)
     except BaseException as error:
         # else the copies and the optimizer live for as long as the error is handled
         traceback.clear_frames(error.__traceback__)
@@ -114,8 +118,10 @@ def check_inputs(model, clip, vae, recipe: Recipe):
     process = host_model.check_supported(model)
     method = REGISTRY[recipe.method]
     method.check(recipe, model.model.diffusion_model)
-    wanted = [caption for pair in method.all_captions(recipe) for caption in pair]
-    text.check_captions(clip, model, wanted, method.placeholder(recipe))
+    trained = [caption for pair in method.all_captions(recipe) for caption in pair]
+    text.check_captions(clip, model, trained, "category or identifier", method.placeholder(recipe))
+    shown = wanted(recipe.options.watching, method.words(recipe))
+    text.check_captions(clip, model, shown, "preview_prompts", method.placeholder(recipe))
     return process, recipe.options.resolution or host_model.native_resolution(model)
 
 
@@ -194,7 +200,7 @@ def _recall(clip, recipe: Recipe, clip_hash: str, device: torch.device, entries:
 
 
 def _train(
-    model, clip, process, recipe: Recipe, example, prior_latents, report, keeper: Keeper, facts, retrain, recall
+    model, clip, vae, process, recipe: Recipe, example, prior_latents, report, keeper: Keeper, facts, retrain, recall
 ) -> Subject:
     """Build the copies, train them (on from a stored state), take the result as differences, release everything."""
     report.phase("copying the networks", 1)
@@ -209,7 +215,7 @@ def _train(
     baseline = REGISTRY[recipe.method](recipe, Networks(base.diffusion_model, text_encoder, encoder))
     copies = [base, text_encoder] + ([frozen] if frozen else [])
     size = example.mean.shape[-2:]
-    trainer = None
+    trainer = watcher = None
     try:
         with memory.Residence(copies, device, memory.estimate(baseline, size)):
             predictors = Predictors(
@@ -222,18 +228,43 @@ def _train(
             )
             trainer = Trainer(baseline, predictors, example, prior_latents)
             resumed = 0 if retrain else keeper.resume(trainer)
-            log = trainer.run(report, after_step=keeper.after_step)
+            watcher = _watcher(trainer, vae, model.get_model_object("latent_format"), report)
+
+            def after_step(trainer: Trainer) -> None:
+                watcher.after_step(trainer)
+                keeper.after_step(trainer)
+
+            watcher.begin()
+            log = trainer.run(report, after_step=after_step)
+            watcher.end()
             report.phase("taking the result", 1)
             if _small(trainer) or log.steps < recipe.baseline.steps:
                 keeper.save(trainer)  # for a longer training to go on from
             trainer.optimizer = None  # its states are half of the memory; the result needs none of them
             tensors = dict(_differences(model, clip, baseline))
     except BaseException as error:
+        if watcher is not None:
+            watcher.release()
         explained = _explained(error, trainer, keeper, baseline, size, device)
         traceback.clear_frames(error.__traceback__)  # what the failed step held
         raise explained from None
     metadata = provenance.metadata(baseline, log, facts)
     return Subject(tensors, metadata, log, _story(log, recipe.baseline.steps, resumed))
+
+
+def _watcher(trainer: Trainer, vae, latent_format, report) -> Watcher:
+    """Who looks at the training for the person at the node."""
+    name = uuid.uuid4().hex[:12]
+
+    def decode(latents: Tensor, step: int) -> list[dict]:
+        with torch.inference_mode():
+            pixels = vae.decode(latent_format.process_out(latents))
+        return live.save_previews(pixels, f"{name}_{step}")
+
+    tick = comfy.model_management.throw_exception_if_processing_interrupted
+    watcher = Watcher(trainer, trainer.options.watching, decode, tick)
+    report.follow(watcher)
+    return watcher
 
 
 def _small(trainer: Trainer) -> bool:

@@ -25,9 +25,9 @@ def choice(default: str, options: tuple[str, ...], help: str):
     return field(default=default, metadata={"options": options, "help": help})
 
 
-def plain(default, help: str):
-    """A switch or a text."""
-    return field(default=default, metadata={"help": help})
+def plain(default, help: str, multiline: bool = False):
+    """A switch or a text, of several lines where it says so."""
+    return field(default=default, metadata={"help": help, "multiline": multiline})
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,39 @@ class Keeping:
         "Gigabytes that results, states and class images may take in ComfyUI's user folder. What was not used for the "
         "longest time goes first; 0 keeps nothing.",
     )
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is shown while it trains. Nothing here changes what a training learns."""
+
+    preview_prompts: str = plain(
+        "photo of a [subject]\nphoto of a [subject] on a beach",
+        "Prompts drawn from the weights as they are while it trains, one a line, at most four; [subject] stands for "
+        "what names your subject. Always from the same noise, so the pictures show what changes. Type the attributes "
+        "you are after.",
+        multiline=True,
+    )
+    preview_every: int = numeric(
+        50, 0, 1_000_000, 1, "Training steps between two rows of previews; 0 draws none and costs nothing."
+    )
+    preview_steps: int = numeric(
+        12, 1, 200, 1, "Sampling steps of a preview (DDIM, guidance 7.5). More cost more time."
+    )
+    preview_limit: float = numeric(
+        10.0,
+        0.0,
+        100.0,
+        1.0,
+        "The most of the training's time, in percent, that previews may take; the node shows what they took. What "
+        "would take more is left out, so on a slow machine previews come rarely or not at all.",
+    )
+
+    @property
+    def prompts(self) -> list[str]:
+        """The preview prompts, without empty lines."""
+        lines = (captions.normalize(line) for line in self.preview_prompts.splitlines())
+        return [line for line in lines if line]
 
 
 @dataclass(frozen=True)
@@ -171,6 +204,12 @@ class Options:
         True, "Draw the latent from the VAE's posterior at every step (code), or take its mode."
     )
     keeping: Keeping = field(default_factory=Keeping)
+    watching: Watching = field(default_factory=Watching)
+
+    @property
+    def parts(self) -> tuple:
+        """These options and those within them, each to be checked by itself."""
+        return self, self.prior, self.keeping, self.watching
 
 
 @dataclass(frozen=True)
@@ -195,7 +234,7 @@ class Recipe:
     def as_dict(self) -> dict:
         """Nested plain values of all that decides the result, for metadata and hashing."""
         values = dataclasses.asdict(self)
-        del values["options"]["keeping"]
+        del values["options"]["keeping"], values["options"]["watching"]
         return values
 
     def checked(self) -> "Recipe":
@@ -206,7 +245,7 @@ class Recipe:
         """
         if not _within(self.seed, 0, 2**64 - 1, whole=True):
             raise ValueError(f"training_seed is {self.seed}, but it must be a whole number from 0 to 2^64 - 1.")
-        for values in (self.baseline, self.options, self.options.prior, self.options.keeping):
+        for values in (self.baseline, *self.options.parts):
             check_values(values)
         if 0 < self.options.resolution < 64 or self.options.resolution % 8:
             raise ValueError(

@@ -40,7 +40,7 @@ def state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
         tensors[f"log/{term}"] = torch.tensor(values, dtype=torch.float64)
     log = trainer.log
     document = {"format": FORMAT, "steps": log.steps, "seconds": log.seconds, "optimizer": numbers}
-    return tensors, {**document, "scaler": trainer.scaler.state_dict()}
+    return tensors, {**document, "scaler": trainer.scaler.state_dict(), "validation": list(log.validation)}
 
 
 def restore(trainer: Trainer, tensors: dict[str, Tensor], document: dict) -> None:
@@ -67,7 +67,8 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], document: dict) -> Non
     trainer.scaler.load_state_dict(document["scaler"])
     trainer.generators.restore({name: tensors[f"generator/{name}"] for name in Generators.NAMES})
     values = {term: tensors[f"log/{term}"].tolist() for term in trainer.log.values}
-    trainer.log = dataclasses.replace(trainer.log, values=values, seconds=document["seconds"])
+    validation = [(step, value) for step, value in document.get("validation", ())]
+    trainer.log = dataclasses.replace(trainer.log, values=values, seconds=document["seconds"], validation=validation)
 
 
 class Keeper:

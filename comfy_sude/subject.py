@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import captions, files
-from .train import TERMS, Log
+from .log import TERMS, Log
 
 FORMAT = 1  # of files; raised when older packs could not read them
 METADATA = "sude.subject"
@@ -148,7 +148,7 @@ def packed(subject: Subject) -> tuple[dict[str, Tensor], dict[str, str]]:
         "thumbnail": about.get("example", {}).get("thumbnail", ""),
     }
     stated = {f"modelspec.{name}": value for name, value in modelspec.items() if value}
-    document = {**about, "log": {"seconds": log.seconds, "labels": log.labels}}
+    document = {**about, "log": {"seconds": log.seconds, "labels": log.labels, "validation": log.validation}}
     return flat, {METADATA: json.dumps(document), **stated}
 
 
@@ -177,7 +177,18 @@ def unpacked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Subject:
         _check_reference(about.get("reference"), ("reference", "latent") in found)
     found = {key: {part: tensor.to(torch.float32) for part, tensor in parts.items()} for key, parts in found.items()}
     order = [*TERMS, *(term for term in values if term not in TERMS)]
-    return Subject(found, about, Log({term: values[term] for term in order}, log["seconds"], log["labels"]))
+    values = {term: values[term] for term in order}
+    return Subject(found, about, Log(values, log["seconds"], log["labels"], _validation(log)))
+
+
+def _validation(log: dict) -> list[tuple[int, float]]:
+    """The pairs of step and validation value in a file's log; none if there are no such pairs in it."""
+    pairs = log.get("validation")
+    numbers = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int) and isinstance(pair[1], int | float)
+        for pair in pairs
+    )
+    return [(step, float(value)) for step, value in pairs] if numbers else []
 
 
 def _document(text: str) -> dict:

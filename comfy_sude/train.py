@@ -9,7 +9,7 @@ Pure torch: the networks come in as callables (`Networks`), so the loop runs wit
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,9 +19,9 @@ from . import captions, sude
 from .baselines.base import Baseline, Batch, Networks, Predict
 from .data import Generators, Latents
 from .diffusion import NoiseProcess
+from .log import TERMS, Log
 from .recipe import Options
 
-TERMS = ("l_sub", "l_sude", "l_prior", "gate", "gap")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,28 +59,6 @@ class Predictors:
     device: torch.device
     frozen: Predict | None = None
     recall: Callable[[str, Callable[[], Tensor]], Tensor] = lambda _caption, compute: compute()
-
-
-@dataclass
-class Log:
-    """One value per step and term: l_sub, l_sude (gated, weighted by lambda), l_prior, gate (share open) and gap.
-
-    A baseline's own terms come after them; `labels` says what to call those.
-    """
-
-    values: dict[str, list[float]] = field(default_factory=lambda: {term: [] for term in TERMS})
-    seconds: float = 0.0
-    labels: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        return len(self.values["l_sub"])
-
-    def recent(self, term: str, window: int = 50) -> float:
-        """Mean of a term's last values."""
-        tail = self.values[term][-window:]
-        return sum(tail) / len(tail) if tail else float("nan")
 
 
 class Trainer:
@@ -198,7 +176,7 @@ class Trainer:
         else:
             preserved, x_p, t_p = (), x_t[:0], t[:0]
 
-        encoded = self._encode((*batch.captions, *preserved))
+        encoded = self.encode((*batch.captions, *preserved))
         context = torch.stack([encoded[caption] for caption in (*batch.captions, *preserved)])
         with self._autocast():
             rows, times = torch.cat([x_t, x_p]), torch.cat([t, t_p]).to(device)
@@ -217,6 +195,14 @@ class Trainer:
             inherit = self._inherit(a, c, u, t, baseline.support(batch))
             terms |= {"l_sude": inherit.loss.mean(), "gate": inherit.active.mean(), "gap": inherit.gap.mean()}
         return terms
+
+    def predict_under(self, x_t: Tensor, t: Tensor, context: Tensor, caption: str) -> Tensor:
+        """[B, C, h, w] fp32 predictions as in sampling: the first row under `caption`, a second under the empty one."""
+        device = self.on.device
+        with self._autocast():
+            return self.baseline.predict_sample(
+                self.on.predict, x_t.to(device), t.to(device), context.to(device), caption
+            ).float()
 
     def _inherit(self, a: Tensor, c: Tensor, u: Tensor, t: Tensor, support: Tensor | None) -> sude.SuDeTerm:
         """The SuDe loss of raw predictions.
@@ -242,7 +228,7 @@ class Trainer:
         t = torch.randint(self.on.process.num_timesteps, (len(z),), generator=g.timesteps)
         return z.to(self.on.device), noise.to(self.on.device), t
 
-    def _encode(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    def encode(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
         """[tokens, width] of each caption: with a gradient where training changes it, else computed once for all."""
         wanted = list(dict.fromkeys(wanted))
         changing = [caption for caption in wanted if self.baseline.changes(caption)]
@@ -268,7 +254,7 @@ class Trainer:
             predictions = self._reference(wanted, x_t, t)
         else:
             with torch.no_grad():
-                encoded = encoded | self._encode(tuple(caption for caption in wanted if caption not in encoded))
+                encoded = encoded | self.encode(tuple(caption for caption in wanted if caption not in encoded))
                 context = torch.stack([encoded[caption] for caption in wanted])
                 with self._autocast():
                     predictions = self.baseline.predict_reference(

@@ -173,6 +173,10 @@ class Baseline(ABC):
         """The raw predictions c and u, or u alone, without gradient: once or twice as many rows as the batch has."""
         return predict(x_t, t, context)
 
+    def predict_sample(self, predict: Predict, x_t: Tensor, t: Tensor, context: Tensor, caption: str) -> Tensor:
+        """Raw predictions as when sampling: the first row under `caption`, the second (if any) under the empty one."""
+        return predict(x_t, t, context)
+
     def subject_loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """L_sub per sample: [B], plain mean squared error in the model's own prediction space (code, ddpm.py:1244)."""
         return (prediction - target).float().pow(2).flatten(1).mean(1)

@@ -187,6 +187,14 @@ class ViCo(LearnsToken):
         record = self._record(predict, t, context, batch.reference.repeat(times, 1, 1, 1))
         return predict(x_t, t, context, Attend(self.blocks, record.kept, record.masks(positions * times)))
 
+    def predict_sample(self, predict: Predict, x_t: Tensor, t: Tensor, context: Tensor, caption: str) -> Tensor:
+        """With attention to the first picture, as host/reference.py samples."""
+        words, rows = self.networks.vocabulary, len(x_t) if self.recipe.baseline.unconditional_image else 1
+        at = words.positions(caption, self.recipe.baseline.identifier) or (words.end(caption),)
+        record = self._record(predict, t[:rows], context[:rows], self.example.mean[:1, 0].repeat(rows, 1, 1, 1))
+        some = None if rows == len(x_t) else torch.arange(rows, device=x_t.device)
+        return predict(x_t, t, context, Attend(self.blocks, record.kept, record.masks([at] * rows), some))
+
     def _record(self, predict: Predict, t: Tensor, context: Tensor, reference: Tensor) -> Record:
         record = Record(self.places)
         predict(reference.to(context.device), t, context, record)

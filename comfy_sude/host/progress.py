@@ -7,6 +7,9 @@ import time
 import comfy.model_management
 import comfy.utils
 
+from ..watch import Watched
+from .live import Live
+
 TEXT_INTERVAL = 0.5  # seconds between two text lines
 LOG_INTERVAL = 15.0  # seconds between two log lines
 SILENCE = 1.0  # seconds after which the text is sent again, so that nobody takes a slow step for the end
@@ -35,33 +38,49 @@ class Progress:
 
     Args:
         node_id: the node; None where there is none to show anything.
-        can_finish: whether this is a training that `finish_early` may end, by setting `enough`.
+        training: what is trained, if this is a training: it has a panel (`host.live`) and may be ended by
+            `finish_early`, which sets `enough`.
+        workflow: the identifier of the workflow the page has open, if it was queued from there.
     """
 
-    def __init__(self, node_id: str | None = None, can_finish: bool = False):
-        self.node_id, self.can_finish = node_id, can_finish
+    def __init__(self, node_id: str | None = None, training: str = "", workflow: str | None = None):
+        self.node_id, self.training = node_id, training
         self.enough = False
-        self._notice = ""
-        self._send_text = None
+        self._notice = self._part = ""
+        self._send_text = self._live = None
         if node_id is not None:
             from server import PromptServer  # only there in a running server
 
             server = getattr(PromptServer, "instance", None)
             self._send_text = server.send_progress_text if server else None
+            self._live = Live(node_id, training, workflow) if server and training else None
         self._ended = threading.Event()
         self.phase("starting", 1)
 
     def __enter__(self) -> "Progress":
-        if self.node_id is not None and self.can_finish:
+        if self.node_id is not None and self.training:
             _running[self.node_id] = self
         if self._send_text is not None:
             threading.Thread(target=self._repeat, name="SuDe progress", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: object) -> None:
         self._ended.set()
         if _running.get(self.node_id) is self:
             del _running[self.node_id]
+        if self._live is not None:
+            self._live.end(error)
+
+    def begin(self, training: str, part: int, parts: int) -> None:
+        """Begin one of several trainings, whose panel then starts anew and which is ended early by itself."""
+        self.enough, self._part = False, f"{part} of {parts}, "
+        if self._live is not None:
+            self._live.title, self._live.part, self._live.watched = training, (part, parts), None
+
+    def follow(self, watched: Watched) -> None:
+        """Show this training's curves from now on."""
+        if self._live is not None:
+            self._live.watched = watched
 
     def notice(self, text: str) -> None:
         """Something the person should know from now on; it stays on the node, a later notice replaces it."""
@@ -74,6 +93,7 @@ class Progress:
             if now - self._texted >= SILENCE:
                 self._texted = now
                 self._send_text(self._text(self._done, self._line, now), self.node_id)
+                self._show(now)
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         """Begin a phase of `total` steps, of which some may be done already."""
@@ -91,6 +111,7 @@ class Progress:
         self._bar.update_absolute(done, self.total)
         now = time.monotonic()
         last = done >= self.total
+        self._show(now, last)
         if now - self._texted < TEXT_INTERVAL and not last:
             return
         self._texted = now
@@ -109,17 +130,32 @@ class Progress:
         """A last phase, in which what was paid for is put away: an interrupt that comes now is too late."""
         self.name, self.total, self._first, self._done, self._line = name, 1, 1, 1, line
         self._bar.update_absolute(1, 1)
+        self._show(time.monotonic(), now=True)
         text = self._text(1, line, time.monotonic())
         if self._send_text is not None:
             self._send_text(text, self.node_id)
         logging.info("SuDe: %s", text)
 
+    def _show(self, moment: float, now: bool = False) -> None:
+        """Let the panel know, if there is one."""
+        if self._live is not None:
+            rate, left = self._speed(moment)
+            phase = {"phase": self.name, "done": self._done, "total": self.total, "line": self._line}
+            self._live.update({**phase, "notice": self._notice, "rate": rate, "left": left}, now)
+
+    def _speed(self, moment: float) -> tuple[float | None, float | None]:
+        """Steps a second in this phase, and the seconds it still takes; None where nothing is known yet."""
+        done, took = self._done - self._first, moment - self._began
+        if done <= 0 or self._done >= self.total or took <= 0:
+            return None, None
+        return float(f"{done / took:.3g}"), round(took / done * (self.total - self._done), 1)
+
     def _text(self, done: int, line: str, now: float) -> str:
-        parts = [self.name if self.total <= 1 else f"{self.name} {done}/{self.total}"]
+        parts = [self._part + (self.name if self.total <= 1 else f"{self.name} {done}/{self.total}")]
         if line:
             parts.append(line)
-        if self._first < done < self.total:
-            left = (now - self._began) / (done - self._first) * (self.total - done)
+        _, left = self._speed(now)
+        if left is not None:
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         if self._notice:
             parts.append(f"note: {self._notice}")

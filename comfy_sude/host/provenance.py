@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import __version__, store
 from ..baselines import Baseline
 from ..data import to_square
+from ..log import Log
 from ..subject import FORMAT
-from ..train import Log
 from .model import check_supported, checkpoint_name, family
 
 THUMBNAIL = 128  # px, the side of the example's picture in the metadata

@@ -18,13 +18,14 @@ from .model import current_weight
 from .placeholder import END, positions, sub_tokenizer, with_placeholder
 
 
-def check_captions(clip, model, captions: list[str], placeholder: tuple[str, int] | None = None) -> None:
+def check_captions(clip, model, captions: list[str], source: str, placeholder: tuple[str, int] | None = None) -> None:
     """Raises ValueError if the CLIP does not belong to the MODEL's family or a caption does not fit its 77 tokens.
 
     Args:
         clip: ComfyUI CLIP.
         model: ComfyUI MODEL.
         captions: what will be encoded.
+        source: the inputs they are made of.
         placeholder: a new word in them and the number of vectors, and so tokens, it will have.
     """
     width = model.model.model_config.unet_config["context_dim"]
@@ -43,9 +44,7 @@ def check_captions(clip, model, captions: list[str], placeholder: tuple[str, int
     for caption in captions:
         tokens = clip.tokenize(caption)
         if any(len(windows) != 1 for windows in tokens.values()):
-            raise ValueError(
-                f"caption {caption!r} is longer than the 75 tokens CLIP reads: shorten category or identifier."
-            )
+            raise ValueError(f"caption {caption!r} is longer than the 75 tokens CLIP reads: shorten {source}.")
 
 
 def tokens_hash(clip, captions: list[str]) -> str:

@@ -5,17 +5,19 @@ from comfy_api.latest import ComfyExtension, io
 from . import routes
 from .export_subject import SuDeExportSubject
 from .fine_tune import SuDeFineTune
+from .grid import SuDeGrid
 from .options import SuDeTrainingOptions
 from .prompt import SuDePrompt
 from .store import SuDeStore
 from .subjects import SuDeApplySubject, SuDeLoadSubject, SuDeSaveSubject
+from .sweep import SuDeSweep
 
 
 class SuDeExtension(ComfyExtension):
-    """The pack's nodes and its route."""
+    """The pack's nodes and its routes."""
 
     async def on_load(self) -> None:
-        """Add the route."""
+        """Add the routes."""
         routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -29,4 +31,6 @@ class SuDeExtension(ComfyExtension):
             SuDeApplySubject,
             SuDeExportSubject,
             SuDeStore,
+            SuDeSweep,
+            SuDeGrid,
         ]

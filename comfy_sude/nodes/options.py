@@ -3,7 +3,7 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..recipe import Keeping, Options, Prior, check_values
+from ..recipe import Keeping, Options, Prior, Watching, check_values
 from .sockets import CATEGORY, OptionsSocket, widgets
 
 BEFORE_PRIOR = ("precision", "resolution", "batch_size", "optimizer", "gradient_checkpointing")
@@ -49,6 +49,7 @@ class SuDeTrainingOptions(io.ComfyNode):
                 io.DynamicCombo.Input("prior", options=priors, tooltip=f"Prior preservation. {help['kind']}"),
                 *widgets(Options, AFTER_PRIOR),
                 *widgets(Keeping, optional=True),
+                *widgets(Watching, optional=True),
             ],
             outputs=[OptionsSocket.Output(display_name="OPTIONS", tooltip="For SuDe Fine-Tune's options input.")],
         )
@@ -60,8 +61,11 @@ class SuDeTrainingOptions(io.ComfyNode):
         kind = settings.pop("prior", None)
         if kind is None:
             raise ValueError("prior: no known prior is chosen. Choose one of: preset, class images, distillation, off.")
-        keeping = Keeping(**{name: values.pop(name) for name in Keeping.__dataclass_fields__ if name in values})
-        options = Options(prior=Prior(kind=kind, **settings), keeping=keeping, **values)
-        for part in (options, options.prior, options.keeping):
+        keeping, watching = (
+            part(**{name: values.pop(name) for name in part.__dataclass_fields__ if name in values})
+            for part in (Keeping, Watching)
+        )
+        options = Options(prior=Prior(kind=kind, **settings), keeping=keeping, watching=watching, **values)
+        for part in options.parts:
             check_values(part)
         return io.NodeOutput(options)

@@ -1,10 +1,15 @@
-"""The pack's one HTTP route: POST /sude/finish ends a training early and lets the graph go on with what there is."""
+"""The pack's HTTP routes.
+
+POST /sude/finish ends a training early and lets the graph go on with what there is; GET /sude/trainings says what there
+is to see.
+"""
 
 import logging
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from ..host import live
 from ..host.progress import finish_early
 
 
@@ -34,12 +39,18 @@ async def finish(request: web.Request) -> web.Response:
     return web.json_response({"node": str(node)})
 
 
+async def trainings(_request: web.Request) -> web.Response:
+    """{"trainings": [snapshot, ...]}: those that run, and the last one of each node; see `host.live`."""
+    return web.json_response({"trainings": live.trainings()})
+
+
 def register() -> None:
-    """Add the route, where there is a server."""
+    """Add the routes, where there is a server."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
     server.routes.post("/sude/finish")(finish)
-    logging.debug("SuDe: POST /sude/finish registered")
+    server.routes.get("/sude/trainings")(trainings)
+    logging.debug("SuDe: routes registered")

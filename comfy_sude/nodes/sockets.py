@@ -24,7 +24,7 @@ def widget(spec: dataclasses.Field, **extra):
     if isinstance(default, bool):
         return io.Boolean.Input(spec.name, **shared)
     if isinstance(default, str):
-        return io.String.Input(spec.name, **shared)
+        return io.String.Input(spec.name, multiline=spec.metadata.get("multiline", False), **shared)
     bounds = {"min": spec.metadata["low"], "max": spec.metadata["high"], "step": spec.metadata["step"]}
     if isinstance(default, int):
         return io.Int.Input(spec.name, **shared, **bounds)

@@ -2,6 +2,7 @@
 
 import base64
 import io as bytes_io
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,7 +68,10 @@ class SuDeSaveSubject(io.ComfyNode):
                 raise OSError(f"{path} could not be written ({problem}): make room on that disk.") from problem
             lost = f", relative error {error:.1e}" if precision != "fp32" else ""
             report.end(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB{lost})")
-        return io.NodeOutput(str(path))
+        choice = path.relative_to(folders.subjects_folder())  # as SuDe Load Subject offers it
+        folder = (Path(folders.SUBJECTS) / choice.parent).as_posix()
+        saved = {"filename": path.name, "subfolder": folder, "type": "output", "choice": choice.as_posix()}
+        return io.NodeOutput(str(path), ui={"sude_saved": [saved]})
 
 
 class SuDeLoadSubject(io.ComfyNode):

@@ -24,6 +24,10 @@ class Silent:
         """Remember the last phase."""
         self.phases.append(name)
 
+    def follow(self, watched) -> None:
+        """Remember what is watched."""
+        self.watched = watched
+
     def notice(self, text: str) -> None:
         """Remember the notice."""
         self.notices.append(text)

@@ -87,9 +87,9 @@ def test_gradient_of_every_weight_is_that_of_an_independent_fp64_encoder(encoder
 
 def test_captions_too_long_for_clip_are_refused(models):
     with pytest.raises(ValueError, match="longer than the 75 tokens CLIP reads"):
-        text.check_captions(models[1], models[0], ["photo of a " + "very " * 80 + "long dog"])
+        text.check_captions(models[1], models[0], ["photo of a " + "very " * 80 + "long dog"], "category")
 
 
 def test_clip_of_another_family_is_refused(models, load):
     with pytest.raises(ValueError, match="not this model's text encoder"):
-        text.check_captions(models[1], load("sd21v")[0], CAPTIONS)
+        text.check_captions(models[1], load("sd21v")[0], CAPTIONS, "category")
