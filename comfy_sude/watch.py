@@ -161,6 +161,8 @@ class Watcher(Watched):
         """Let go of the trainer; what was seen stays."""
         if self._took is None:
             self._took = self.seconds
+        if self.previews and self.watching:
+            self.previews.note = "" if self.previews.rows else "too short for previews within their limit of the time"
         self.trainer = self.decode = self.tick = None
 
     def after_step(self, trainer: Trainer) -> None:
@@ -200,12 +202,14 @@ class Watcher(Watched):
     def preview(self) -> None:
         """Draw a row."""
         began = time.monotonic()
+        self.previews.note = "drawing previews"
         try:
             latents = torch.cat([self._sample(prompt) for prompt in self.previews.prompts])
             self.previews.add(Row(self.log.steps, self.decode(latents, self.log.steps)))
             self.previews.note = ""
         except (OSError, torch.OutOfMemoryError) as error:
-            self.previews.note = f"previews stopped: {str(error).splitlines()[0][:200] or type(error).__name__}"
+            said = str(error).strip() or type(error).__name__
+            self.previews.note = f"previews stopped: {said.splitlines()[0][:200]}"
             self.watching = None
         self._last = time.monotonic() - began
         self.previews.seconds += self._last

@@ -21,6 +21,7 @@ EVENT = "sude.training"
 INTERVAL = 0.5  # seconds between two snapshots
 KEPT = 16  # trainings that are remembered after their end
 FOLDER = "sude"  # of previews, below ComfyUI's temp
+CURVES = ("l_sub", "l_sude", "gap", "gate", "l_prior")
 LONGEST = 2000  # characters of an error
 
 _numbers = itertools.count(1)
@@ -102,20 +103,21 @@ class Live:
             "can_finish": running and self.phase["phase"] == "training",
             "w_s": watched.w_s if watched else None,
             "steps": watched.total if watched else None,
-            "curves": curves(watched) if watched else {"every": 1},
+            "curves": curves(watched),
             "validation": [[step, _short(value)] for step, value in _some(watched.log.validation)] if watched else [],
             "previews": previews(watched) if watched else None,
         }
 
 
-def curves(watched: Watched) -> dict:
-    """The terms' curves; a term that is not part of this training has no points."""
-    means = watched.curves.means()
-    shown = {term: [_short(value) for value in means.get(term, ())] for term in ("l_sub", "l_sude", "gap", "gate")}
-    if not watched.w_s:
-        shown |= {"l_sude": [], "gap": [], "gate": []}
-    prior = means.get("l_prior", [])
-    return {"every": watched.curves.every, **shown, "l_prior": [_short(value) for value in prior] if any(prior) else []}
+def curves(watched: Watched | None) -> dict:
+    """The terms' curves; a term that is no part of this training has no points."""
+    means = watched.curves.means() if watched else {}
+    if watched and not watched.w_s:
+        means = {term: means[term] for term in ("l_sub", "l_prior") if term in means}
+    if not any(means.get("l_prior", ())):
+        means = means | {"l_prior": []}
+    shown = {term: [_short(value) for value in means.get(term, ())] for term in CURVES}
+    return {"every": watched.curves.every if watched else 1, **shown}
 
 
 def previews(watched: Watched) -> dict | None:

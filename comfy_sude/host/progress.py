@@ -102,6 +102,7 @@ class Progress:
         self._texted = self._logged = 0.0
         self._first, self._done, self._line = done, done, ""
         self._bar = comfy.utils.ProgressBar(total, node_id=self.node_id)
+        self._show(self._began, now=True)
         self.step(done, "")
 
     def step(self, done: int, line: str) -> None:

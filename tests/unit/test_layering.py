@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "comfy_sude"
 METHOD = ("sude", "diffusion", "captions", "recipe")
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
-ABOVE = {"baselines", "bench", "finetune", "host", "nodes", "resume", "subject", "train"}
+ABOVE = {"baselines", "bench", "finetune", "host", "nodes", "resume", "subject", "train", "watch"}
 WITHOUT_COMFYUI = (
-    *METHOD, "data", "image_attention", "lowrank", "train", "chart", "files", "store", "resume", "subject", "baselines",
+    *METHOD, "data", "image_attention", "lowrank", "log", "train", "watch", "chart", "grid", "files", "store", "resume",
+    "subject", "baselines",
 )  # fmt: skip
 
 
