@@ -44,11 +44,10 @@ QUICKSTART = {
         "prior.cfg": 4,
         "prior.negative_prompt": "",
     },
-    "SuDe Fine-Tune: with SuDe": {**TRAINING, "baseline.w_s": 0.4},
-    "SuDe Fine-Tune: without SuDe (w_s 0)": {**TRAINING, "baseline.w_s": 0},
+    "SuDe Fine-Tune": {**TRAINING, "baseline.w_s": 0.4},
     "Size and number of pictures": {"width": 64, "height": 64},
-    "KSampler, with SuDe": SAMPLING,
-    "KSampler, without SuDe (w_s 0)": SAMPLING,
+    "KSampler, after": SAMPLING,
+    "KSampler, before": SAMPLING,
 }
 PAPER = {  # spec of the released code: 500 steps at 1e-6, w_s 0.4; sampled by 50 steps of DDIM at CFG 10
     "baseline": "DreamBooth",
@@ -94,6 +93,7 @@ def small(workflow: dict, **training: object) -> dict:
     """A copy of an API workflow that takes seconds: 64 px, few steps and class images."""
     quick = {
         "SuDeFineTune": {"baseline.steps": 2, **training},
+        "SuDeSweep": {"baseline.steps": 2, **training},
         "SuDeTrainingOptions": {"resolution": 64, "prior.number": 2, "prior.steps": 1},
         "KSampler": {"steps": 1},
         "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 1},
@@ -124,7 +124,10 @@ def literal(workflow: dict, value: object) -> object:
 
 
 def test_every_workflow_is_shipped_in_both_formats():
-    assert {"quickstart", "compare_baselines", "dreambooth_sd15", "lora_sd15", "reuse_subject"} <= set(NAMES)
+    assert set(NAMES) == {
+        "quickstart", "compare_baselines", "sweep_ws", "reuse_subject", "truncation_ablation", "attribute_and_context",
+        "sd15_full", "sd15_lowvram",
+    }  # fmt: skip
     assert NAMES == sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 
 
@@ -165,11 +168,29 @@ def test_the_quick_start_has_the_mini_worlds_settings(title: str):
     assert inputs == QUICKSTART[title]
 
 
-def test_the_quick_starts_rows_differ_only_in_sude():
+def test_the_quick_start_draws_before_and_after_alike():
     workflow = api("quickstart")
+    after, before = (by_title(workflow, f"KSampler, {label}") for label in ("after", "before"))
+    assert (after.pop("model"), before.pop("model")) == (["10", 0], ["1", 0]), "the trained model, the incoming one"
+    assert all(after[name] == before[name] for name in after if name not in ("positive", "negative"))
+    assert by_title(workflow, "Prompt, before")["text"] == "photo of a running dog"
+
+
+def test_the_ablation_differs_only_in_the_truncation():
+    workflow = api("truncation_ablation")
     first, second = (dict(workflow[node]["inputs"]) for node in nodes(workflow, "SuDeFineTune"))
-    assert {first.pop("baseline.w_s"), second.pop("baseline.w_s")} == {0.4, 0}
-    assert first == second
+    options = [dict(workflow[inputs.pop("options")[0]]["inputs"]) for inputs in (first, second)]
+    assert [one.pop("truncation") for one in options] == [True, False]
+    assert first == second and options[0] == options[1]
+
+
+def test_the_sweep_has_the_papers_multipliers_and_the_quick_starts_training_among_its_own():
+    workflow, quick = api("sweep_ws"), by_title(api("quickstart"), "SuDe Fine-Tune")
+    sweep = by_title(workflow, "SuDe Sweep")
+    assert sweep["multipliers"] == "0, 0.5, 1, 2"
+    assert {name: sweep[name] for name in quick} == quick, "what quickstart trained is found again"
+    context = by_title(api("attribute_and_context"), "SuDe Sweep")
+    assert context["multipliers"] == "1" and {name: context[name] for name in quick} == quick
 
 
 def test_the_comparison_trains_the_papers_baselines_alike_but_for_sude():
@@ -187,20 +208,20 @@ def test_the_comparison_trains_the_papers_baselines_alike_but_for_sude():
 
 
 def test_the_stable_diffusion_workflow_has_the_papers_settings():
-    workflow = api("dreambooth_sd15")
+    workflow = api("sd15_full")
     inputs = by_title(workflow, "SuDe Fine-Tune")
     assert {name: inputs[name] for name in PAPER} == PAPER
-    sampler = by_title(workflow, "KSampler")
+    sampler = by_title(workflow, "KSampler, after")
     found = [sampler[name] for name in ("steps", "cfg", "sampler_name", "scheduler")]
     assert found == [50, 10, "ddim", "ddim_uniform"]
     options = by_title(workflow, "SuDe Training Options")
     assert [options[f"prior.{name}"] for name in ("number", "steps", "cfg", "w_r")] == [50, 50, 10, 2]
-    negative = by_title(workflow, "Negative prompt")["text"]
+    negative = by_title(workflow, "Negative prompt, after")["text"]
     assert negative == options["prior.negative_prompt"] == "monochrome, lowres, bad anatomy, worst quality, low quality"
 
 
 def test_the_workflow_for_small_gpus_saves_memory():
-    workflow = api("lora_sd15")
+    workflow = api("sd15_lowvram")
     assert by_title(workflow, "SuDe Fine-Tune")["baseline"] == "DreamBooth LoRA"
     options = by_title(workflow, "SuDe Training Options")
     assert options["precision"] == "bf16" and options["gradient_checkpointing"] is True
@@ -282,8 +303,8 @@ def test_what_the_quick_start_saved_is_drawn_again_without_training(
     assert client.view(picture)[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", ["dreambooth_sd15", "lora_sd15"])  # the others are run above and in the browser
-def test_the_workflows_for_stable_diffusion_run(client: ComfyClient, furnished: str, name: str):
+@pytest.mark.parametrize("name", ["sd15_full", "sd15_lowvram", "sweep_ws", "truncation_ablation", "attribute_and_context"])  # the others are run above and in the browser
+def test_the_other_workflows_run(client: ComfyClient, furnished: str, name: str):
     workflow = small(api(name))
     result = client.submit(workflow)
     assert result.error is None, result.error
@@ -354,7 +375,7 @@ def test_an_interrupt_stops_within_a_step_and_gives_the_memory_back(
     server: ComfyServer, client: ComfyClient, furnished: str
 ):
     process = psutil.Process(server.process.pid)
-    usual = small(api("dreambooth_sd15"), training_seed=22)
+    usual = small(api("sd15_full"), training_seed=22)
     assert client.submit(usual).error is None
     client.free()
     before = settled(process)
@@ -375,7 +396,7 @@ def test_an_interrupt_stops_within_a_step_and_gives_the_memory_back(
     after = settled(process, before + 200 * MIB)
     # one fp32 copy of this checkpoint's networks is 520 MiB, and training holds four times that
     assert after - before < 200 * MIB, f"{(after - before) / MIB:.0f} MiB more than before the interrupted training"
-    assert client.submit(small(api("dreambooth_sd15"), training_seed=24)).error is None
+    assert client.submit(small(api("sd15_full"), training_seed=24)).error is None
 
 
 def settled(process: psutil.Process, enough: int = 0) -> int:
