@@ -84,6 +84,8 @@ def filled(source: dict, known: dict[str, str], lacking: list[str]) -> dict:
         for name in path:
             entry = entry.setdefault(name, {})
         entry[last] = known.get(text, text)
+    for entry in result.values():
+        entry.setdefault("inputs", {})  # of a node that has none
     return result
 
 

@@ -133,13 +133,21 @@ def empty(plan: Plan, block: Block, column: int, number: int, side: int, count: 
 
 
 def show(
-    plan: Plan, block: Block, column: int, number: int, widgets: dict, prefix: str, size=(620, 620), **images
+    plan: Plan,
+    block: Block,
+    column: int,
+    number: int,
+    widgets: dict,
+    prefix: str,
+    size=(620, 620),
+    saved=None,
+    **images,
 ) -> None:
-    """SuDe Grid and Save Image."""
+    """SuDe Grid, and Save Image for the grid or the pictures of the node `saved`."""
     plan.add(block, column, number, "SuDeGrid", "All pictures", size, widgets, **images)
     plan.add(
         block, column, number + 1, "SaveImage", "Result", (size[0], 330), {"filename_prefix": f"sude/{prefix}"},
-        images=(number, 0),
+        images=(saved or number, 0),
     )  # fmt: skip
 
 
@@ -161,7 +169,7 @@ def quickstart() -> Plan:
     before = draw(plan, fourth, 1, 21, (1, 0), (1, 1), 7, MINI_SAMPLING, text="photo of a running dog", label="before")
     fifth = plan.block("5 · Before and after", 2560)
     labels = {"row_labels": "before: any dog\nafter: your dog", "title": "photo of a running dog"}
-    show(plan, fifth, 0, 30, labels, "quickstart", (640, 520), images=(before, 0), images_2=(after, 0))
+    show(plan, fifth, 0, 30, labels, "quickstart", (640, 520), after, images=(before, 0), images_2=(after, 0))
     plan.note(0, 820, 300, 4, first, second)
     return plan
 
@@ -182,7 +190,14 @@ def compare_baselines() -> Plan:
     empty(plan, first, 0, 6, 64, 2)
     second = plan.block("2 · How to train", 440)
     plan.add(second, 0, 8, "SuDeTrainingOptions", "Training options: class images", widgets=MINI_OPTIONS)
-    plan.add(second, 0, 9, "SuDeTrainingOptions", "Training options: ViCo", widgets={"batch_size": 1, "gradient_checkpointing": False})
+    plan.add(
+        second,
+        0,
+        9,
+        "SuDeTrainingOptions",
+        "Training options: ViCo",
+        widgets={"batch_size": 1, "gradient_checkpointing": False},
+    )
     rows, above = {}, []
     for index, (name, (settings, w_s)) in enumerate(BASELINES.items()):
         block = plan.block(f"3 · {name}: without SuDe and with it", 880, *above)

@@ -114,7 +114,7 @@ def stable_diffusion(name: str, identifier: str, options: dict, training: dict, 
     )  # fmt: skip
     fifth = plan.block("5 · Before and after", 2560)
     labels = {"row_labels": "before\nafter", "cell": 384}
-    show(plan, fifth, 0, 30, labels, prefix, (640, 640), images=(before, 0), images_2=(after, 0))
+    show(plan, fifth, 0, 30, labels, prefix, (640, 640), after, images=(before, 0), images_2=(after, 0))
     plan.note(0, 820, 320, 4, first, second)
     return plan
 

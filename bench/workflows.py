@@ -98,14 +98,14 @@ def frontend(base: Path) -> Iterator[tuple[Page, ComfyClient, ComfyServer]]:
             path = shutil.which("chromium") or shutil.which("google-chrome") or playwright.chromium.executable_path
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1920, "height": 1080})
-            page.goto(server.address, wait_until="domcontentloaded")
-            page.wait_for_function(READY, timeout=120_000)
             yield page, client, server
             browser.close()
 
 
-def build(page: Page, plan: Plan) -> tuple[dict, dict]:
+def build(page: Page, server: ComfyServer, plan: Plan) -> tuple[dict, dict]:
     """The workflow as the page saves it and as it queues it."""
+    page.goto(server.address, wait_until="domcontentloaded")  # a page remembers widgets' values by the nodes' numbers
+    page.wait_for_function(READY, timeout=120_000)
     described = dataclasses.asdict(plan)
     for block, shown in zip(plan.blocks, described["blocks"], strict=True):
         shown["under"] = [plan.blocks.index(one) for one in block.under]
@@ -130,11 +130,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     wanted = parser.parse_args().names
-    with tempfile.TemporaryDirectory() as folder, frontend(prepare_base(Path(folder))) as (page, _, _):
+    with tempfile.TemporaryDirectory() as folder, frontend(prepare_base(Path(folder))) as (page, _, server):
         for plan in plans():
             if wanted and plan.name not in wanted:
                 continue
-            saved, queued = build(page, plan)
+            saved, queued = build(page, server, plan)
             for path, content in ((f"{plan.name}.json", saved), (f"api/{plan.name}.json", queued)):
                 (WORKFLOWS / path).write_text(lines(content), encoding="utf-8")
     return 0

@@ -227,45 +227,6 @@ def test_the_workflow_for_small_gpus_saves_memory():
     assert options["precision"] == "bf16" and options["gradient_checkpointing"] is True
 
 
-def test_the_help_in_other_languages_says_what_the_nodes_have(client: ComfyClient):
-    translated = {
-        path.parent.name: json.loads(path.read_text("utf-8")) for path in (REPO / "locales").glob("*/nodeDefs.json")
-    }
-    assert {"en", "zh"} <= translated.keys()
-    for node in sorted(name for name in client.object_info() if name.startswith("SuDe")):
-        info = client.object_info(node)[node]
-        tooltips = widget_tooltips(info["input"])
-        for language, texts in translated.items():
-            assert texts[node]["inputs"].keys() == tooltips.keys(), f"{language}: {node}"
-            assert list(texts[node]["outputs"]) == [str(slot) for slot in range(len(info["output"]))], language
-            assert all(text["name"] and text["tooltip"] for text in texts[node]["inputs"].values()), language
-            assert texts[node]["display_name"] and texts[node]["description"], language
-            shown = [text for entry in texts[node]["inputs"].values() for text in entry.values()]
-            assert not set("|{}@") & set("".join(shown)), f"{language}: characters that the frontend interprets"
-        english = translated["en"][node]
-        assert english["display_name"] == info["display_name"] and english["description"] == info["description"]
-        for slot, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True)):
-            assert english["outputs"][str(slot)] == {"name": name, "tooltip": tooltip}
-        for name, said in tooltips.items():
-            shown = english["inputs"][name]["tooltip"]
-            assert shown == said[0] if len(said) == 1 else all(text in shown for text in said), name
-
-
-def widget_tooltips(inputs: dict, prefix: str = "") -> dict[str, list[str]]:
-    """Tooltips by the frontend's translation key; several where options of a dynamic combo say different things."""
-    found: dict[str, list[str]] = {}
-    for group in ("required", "optional"):
-        for name, (_, *settings) in inputs.get(group, {}).items():
-            settings = settings[0] if settings else {}
-            here = {f"{prefix}{name}": [settings.get("tooltip", "")]}
-            for option in settings.get("options") or []:
-                if isinstance(option, dict):
-                    for key, said in widget_tooltips(option["inputs"], f"{prefix}{name}_").items():
-                        here[key] = here.get(key, []) + [text for text in said if text not in here.get(key, [])]
-            found.update(here)
-    return found
-
-
 # --- Running ---------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +264,9 @@ def test_what_the_quick_start_saved_is_drawn_again_without_training(
     assert client.view(picture)[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", ["sd15_full", "sd15_lowvram", "sweep_ws", "truncation_ablation", "attribute_and_context"])  # the others are run above and in the browser
+@pytest.mark.parametrize(
+    "name", ["sd15_full", "sd15_lowvram", "sweep_ws", "truncation_ablation", "attribute_and_context"]
+)  # the others are run above and in the browser
 def test_the_other_workflows_run(client: ComfyClient, furnished: str, name: str):
     workflow = small(api(name))
     result = client.submit(workflow)
@@ -325,7 +288,7 @@ def test_the_quick_starts_file_runs_with_comfy_run(
         for old, new in changes.get(node["type"], {}).items():
             node["widgets_values"][node["widgets_values"].index(old)] = new
         if node["type"] == "SaveImage":
-            node["widgets_values"] = ["by_comfy_run/" + node["title"].split(" ")[1]]
+            node["widgets_values"] = ["by_comfy_run/after"]
     file = tmp_path / "quickstart.json"
     file.write_text(json.dumps(workflow), encoding="utf-8")
     comfy = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "run"]
@@ -338,8 +301,7 @@ def test_the_quick_starts_file_runs_with_comfy_run(
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    saved = sorted(path.name.split("_")[0] for path in (server.base / "output" / "by_comfy_run").glob("*.png"))
-    assert saved == ["with"] * 4 + ["without"] * 4
+    assert len(list((server.base / "output" / "by_comfy_run").glob("after_*.png"))) == 4
 
 
 # --- While it runs ---------------------------------------------------------------------------------------------------
