@@ -20,6 +20,7 @@ MINI_SAMPLING |= {"sampler_name": "euler", "scheduler": "normal"}
 PAPER_SAMPLING = {"seed": 7, "control_after_generate": "fixed", "steps": 50, "cfg": 10}
 PAPER_SAMPLING |= {"sampler_name": "ddim", "scheduler": "ddim_uniform"}
 TRAINER = (420, 1010)  # of SuDe Fine-Tune and SuDe Sweep: room for the panel and the chart
+OPTIONS = (400, 1030)  # of SuDe Training Options in Nodes 2.0, whose widgets are taller
 
 
 @dataclass
@@ -118,10 +119,9 @@ def draw(
         block, column + 1, first + 2, "KSampler", f"KSampler{of}" if label else "", (320, 340), sampling, model=model,
         positive=(first, 0), negative=(first + 1, 0), latent_image=(latent, 0),
     )  # fmt: skip
-    return plan.add(
-        block, column + 1, first + 3, "VAEDecode", f"VAE Decode{of}" if label else "", (320, 60), samples=(first + 2, 0),
-        vae=(vae, 2),
-    )  # fmt: skip
+    title = f"VAE Decode{of}" if label else ""
+    decode = {"samples": (first + 2, 0), "vae": (vae, 2)}
+    return plan.add(block, column + 1, first + 3, "VAEDecode", title, (320, 60), **decode)
 
 
 def empty(plan: Plan, block: Block, column: int, number: int, side: int, count: int) -> int:
@@ -156,7 +156,7 @@ def quickstart() -> Plan:
     plan = Plan("quickstart", "337b2852-d379-4deb-8215-52ab93c6529b")
     first = subject(plan, "miniworld.safetensors", "spike.png", "dog")
     second = plan.block("2 · How to train", 440)
-    plan.add(second, 0, 5, "SuDeTrainingOptions", widgets=MINI_OPTIONS)
+    plan.add(second, 0, 5, "SuDeTrainingOptions", size=OPTIONS, widgets=MINI_OPTIONS)
     third = plan.block("3 · Train", 880)
     train(plan, third, 0, 10, 5, MINI_TRAINING)
     fourth = plan.block("4 · Ask for pictures", 1360)
@@ -189,7 +189,7 @@ def compare_baselines() -> Plan:
     plan.add(first, 0, 5, "PrimitiveString", "Context", (380, 80), {"value": ""})
     empty(plan, first, 0, 6, 64, 2)
     second = plan.block("2 · How to train", 440)
-    plan.add(second, 0, 8, "SuDeTrainingOptions", "Training options: class images", widgets=MINI_OPTIONS)
+    plan.add(second, 0, 8, "SuDeTrainingOptions", "Training options: class images", OPTIONS, MINI_OPTIONS)
     plan.add(
         second,
         0,

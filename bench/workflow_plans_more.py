@@ -5,6 +5,7 @@ from bench.workflow_plans import (
     MINI_SAMPLING,
     MINI_TRAINING,
     NEGATIVE,
+    OPTIONS,
     PAPER_SAMPLING,
     Plan,
     compare_baselines,
@@ -23,7 +24,7 @@ def sweep(plan: Plan, sweep_widgets: dict, grid_widgets: dict, linked: bool, siz
     """One SuDe Sweep, one sampler, one grid; the grid's labels come from the sweep where `linked`."""
     first = subject(plan, "miniworld.safetensors", "spike.png", "dog")
     second = plan.block("2 · How to train", 440)
-    plan.add(second, 0, 5, "SuDeTrainingOptions", widgets=MINI_OPTIONS)
+    plan.add(second, 0, 5, "SuDeTrainingOptions", size=OPTIONS, widgets=MINI_OPTIONS)
     third = plan.block("3 · Train", 880)
     train(plan, third, 0, 10, 5, {**MINI_TRAINING, **sweep_widgets}, kind="SuDeSweep")
     plan.nodes[10]["size"] = (420, 1210)
@@ -72,7 +73,7 @@ def truncation_ablation() -> Plan:
     rows, images = {"truncation on": True, "truncation off": False}, {}
     above = []
     for index, (label, value) in enumerate(rows.items()):
-        plan.add(second, 0, 5 + 4 * index, "SuDeTrainingOptions", label, widgets={**MINI_OPTIONS, "truncation": value})
+        plan.add(second, 0, 5 + 4 * index, "SuDeTrainingOptions", label, OPTIONS, {**MINI_OPTIONS, "truncation": value})
         block = plan.block(f"3 · SuDe with {label}", 880, *above)
         above = [block]
         number = 10 + 10 * index
@@ -93,7 +94,7 @@ def stable_diffusion(name: str, identifier: str, options: dict, training: dict, 
     plan = Plan(name, identifier)
     first = subject(plan, "v1-5-pruned-emaonly-fp16.safetensors", "example.png", "girl")
     second = plan.block("2 · How to train", 440)
-    plan.add(second, 0, 5, "SuDeTrainingOptions", widgets={**PAPER_OPTIONS, **options})
+    plan.add(second, 0, 5, "SuDeTrainingOptions", size=OPTIONS, widgets={**PAPER_OPTIONS, **options})
     third = plan.block("3 · Train", 880)
     train(plan, third, 0, 10, 5, training)
     fourth = plan.block("4 · Ask for pictures", 1360)

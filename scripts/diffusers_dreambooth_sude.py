@@ -1,6 +1,6 @@
 """DreamBooth + SuDe in a plain training script, on diffusers' own classes. No ComfyUI needed.
 
-    python examples/diffusers_dreambooth_sude.py MODEL_FOLDER dog.png dog --output sks-dog
+    python scripts/diffusers_dreambooth_sude.py MODEL_FOLDER dog.png dog --output sks-dog
 
 MODEL_FOLDER is a Stable Diffusion 1.x or 2.x model in diffusers' format. The UNet and the whole text encoder train, as
 in the paper's DreamBooth baseline, here without class images to keep it short. What SuDe adds is marked with `# SuDe`.

@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "diffusers_dreambooth_sude.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "diffusers_dreambooth_sude.py"
 WORDS = ["photo", "of", "a", "sks", "dog"]
 
 
