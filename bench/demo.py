@@ -7,17 +7,15 @@ grid of all pictures, the chart of the SuDe training and the workflow. Needs the
 
 import argparse
 import contextlib
-import io
 import json
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from bench.comfy_client import ComfyClient, Result
 from bench.comfy_server import WORK, ComfyServer, ServerError, link, prepare_base
@@ -80,6 +78,7 @@ PAPER = Settings(
     learning_rate=1e-6,
 )
 SUBJECT = "spike"  # of the mini world
+MOST_ROWS = 8  # sockets of SuDe Grid
 COLUMNS = ("base model", "DreamBooth", "DreamBooth + SuDe")
 CHECKPOINT = WORK / "checkpoints" / "miniworld.safetensors"
 
@@ -97,13 +96,13 @@ class Workflow:
 
     Attributes:
         trainings: the SuDe Fine-Tune node of each column that has one.
-        pictures: the SaveImage node of each (column, row).
+        grid: the SuDe Grid node that shows everything.
     """
 
     client: ComfyClient
     nodes: dict[str, dict] = field(default_factory=dict)
     trainings: dict[str, str] = field(default_factory=dict)
-    pictures: dict[tuple[str, int], str] = field(default_factory=dict)
+    grid: str = ""
 
     def add(self, class_type: str, title: str, inputs: dict[str, object]) -> str:
         """Add a node, with the defaults for what is not given, and return its identifier."""
@@ -137,13 +136,23 @@ def build(client: ComfyClient, checkpoint: str, image: str, category: str, setti
         }
         trained = flow.trainings[column] = flow.add("SuDeFineTune", column, inputs)
         sources[column] = (trained, trained)
+    rows, labels = [], []
     for row, (attribute, context) in enumerate(settings.rows):
         words = {"attribute": attribute, "context": context}
+        labels.append(" ".join(f"{attribute} {category} {context}".split()))
+        batch = example
         for column, (model, subject) in sources.items():
             caption: object = base_caption(category, attribute, context)
             if subject:
                 caption = [flow.add("SuDePrompt", f"prompt {row + 1}", {"subject": [subject, 2], **words}), 0]
-            flow.pictures[column, row] = sample(flow, settings, f"{column} {row + 1}", model, caption, noise, loader)
+            drawn = sample(flow, settings, f"{column} {row + 1}", model, caption, noise, loader)
+            batch = flow.add("ImageBatch", f"row {row + 1}", {"image1": [batch, 0], "image2": [drawn, 0]})
+        rows.append(batch)
+    columns = ["the one example", *(column for column in COLUMNS for _ in range(settings.pictures))]
+    sockets = {"images" if row == 0 else f"images_{row + 1}": [batch, 0] for row, batch in enumerate(rows)}
+    note = f"the same noise (seed {settings.seed}) in every column; the base model is asked for any {category}"
+    texts = {"row_labels": "\n".join(labels), "column_labels": "\n".join(columns), "title": note}
+    flow.grid = flow.add("SuDeGrid", "grid", {**sockets, **texts, "cell": 128 if size <= 128 else 224})
     return flow
 
 
@@ -153,7 +162,7 @@ def base_caption(category: str, attribute: str, context: str) -> str:
 
 
 def sample(flow: Workflow, settings: Settings, title: str, model: str, caption: object, noise: str, loader: str) -> str:
-    """Sample one caption from one model; return the node that saves the pictures."""
+    """Sample one caption from one model; return the node that has the pictures."""
     positive = flow.add("CLIPTextEncode", f"{title}: prompt", {"clip": [model, 1], "text": caption})
     negative = flow.add("CLIPTextEncode", f"{title}: negative", {"clip": [model, 1], "text": settings.negative})
     inputs = {
@@ -168,8 +177,7 @@ def sample(flow: Workflow, settings: Settings, title: str, model: str, caption: 
         "scheduler": settings.scheduler,
     }
     latent = flow.add("KSampler", f"{title}: sample", inputs)
-    image = flow.add("VAEDecode", f"{title}: decode", {"samples": [latent, 0], "vae": [loader, 2]})
-    return flow.add("SaveImage", title, {"images": [image, 0], "filename_prefix": "demo"})
+    return flow.add("VAEDecode", title, {"samples": [latent, 0], "vae": [loader, 2]})
 
 
 # --- Following it ----------------------------------------------------------------------------------------------------
@@ -235,53 +243,6 @@ class Watcher:
             if found:
                 parts.append(f"{label} {found.group(1)}")
         return ", ".join(parts)
-
-
-# --- The grid --------------------------------------------------------------------------------------------------------
-
-INK, PAPER_COLOR, FAINT = (28, 30, 34), (255, 255, 255), (120, 124, 132)
-
-
-def draw_grid(example: Image.Image, rows: list[str], cells: list[list[list[Image.Image]]], seed: int) -> Image.Image:
-    """A labelled table of pictures: rows are prompts, columns models, each cell its pictures side by side.
-
-    Args:
-        example: the picture that was trained on; shown in the corner.
-        rows: the label of each row.
-        cells: [row][column][picture].
-        seed: named under the table.
-    """
-    count = len(cells[0][0])
-    side = 128 if example.width <= 128 else 224
-    gap, label, header = 6, 190, side + 44
-    block = count * side + (count - 1) * gap
-    width = label + len(COLUMNS) * (block + 3 * gap) + gap
-    grid = Image.new("RGB", (width, header + len(rows) * (side + 2 * gap) + 30), PAPER_COLOR)
-    canvas = ImageDraw.Draw(grid)
-    large, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    grid.paste(scaled(example, side), (gap * 2, gap * 2))
-    canvas.text((gap * 2, side + gap * 3), "the one example", fill=INK, font=small)
-    for column, name in enumerate(COLUMNS):
-        left = label + column * (block + 3 * gap)
-        canvas.text((left + block / 2, header - 14), name, fill=INK, font=large, anchor="mb")
-        for row, _ in enumerate(rows):
-            for index, picture in enumerate(cells[row][column]):
-                place = (left + index * (side + gap), header + row * (side + 2 * gap))
-                grid.paste(scaled(picture, side), place)
-    for row, text in enumerate(rows):
-        middle = header + row * (side + 2 * gap) + side / 2
-        canvas.multiline_text((gap * 2, middle), textwrap.fill(text, 22), fill=INK, font=small, anchor="lm")
-    note = f"same seed ({seed}) in every column; the base model is asked for any member of the category"
-    canvas.text((gap * 2, grid.height - 8), note, fill=FAINT, font=small, anchor="lb")
-    return grid
-
-
-def scaled(image: Image.Image, side: int) -> Image.Image:
-    """The picture as a square of this size, cropped around its middle if it is not square."""
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    square = image.convert("RGB").crop((left, top, left + edge, top + edge))
-    return square.resize((side, side), Image.Resampling.LANCZOS)
 
 
 # --- The whole -------------------------------------------------------------------------------------------------------
@@ -356,32 +317,16 @@ def choose(options: argparse.Namespace) -> tuple[Path, Path, str, Settings]:
     changes: dict[str, object] = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     rows = [(attribute, "") for attribute in options.attribute] + [("", context) for context in options.context]
     if rows:
+        if len(rows) > MOST_ROWS:
+            raise DemoError(f"{len(rows)} rows were asked for, but the grid has at most {MOST_ROWS}.")
         changes["rows"] = tuple(rows)
     return checkpoint, image, category, Settings(**{**vars(settings), **changes})
 
 
-def write(
-    client: ComfyClient,
-    flow: Workflow,
-    result: Result,
-    example: Image.Image,
-    category: str,
-    settings: Settings,
-    to: Path,
-) -> None:
-    """Fetch the pictures and the chart and write the demo's files."""
-
-    def fetch(image: dict[str, str]) -> Image.Image:
-        return Image.open(io.BytesIO(client.view(image)))
-
-    cells = [
-        [[fetch(image) for image in result.images(flow.pictures[column, row])] for column in COLUMNS]
-        for row in range(len(settings.rows))
-    ]
-    labels = [" ".join(f"{attribute} {category} {context}".split()) for attribute, context in settings.rows]
-    draw_grid(example, labels, cells, settings.seed).save(to / "grid.png")
-    for image in result.images(flow.trainings[COLUMNS[-1]])[:1]:
-        (to / "chart.png").write_bytes(client.view(image))
+def write(client: ComfyClient, flow: Workflow, result: Result, to: Path) -> None:
+    """Fetch the grid and the chart and write them."""
+    for node, name in ((flow.grid, "grid.png"), (flow.trainings[COLUMNS[-1]], "chart.png")):
+        (to / name).write_bytes(client.view(result.images(node)[0]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -393,8 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     checkpoint, image, category, settings = choose(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    example = Image.open(image)
-    example.convert("RGB").save(options.output / "example.png")
+    Image.open(image).convert("RGB").save(options.output / "example.png")
     with running(options.server, options.port, checkpoint) as client:
         name = client.upload_image("demo_example.png", (options.output / "example.png").read_bytes())
         flow = build(client, checkpoint.name, name, category, settings)
@@ -406,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
         if result.error:
             title = watcher.titles.get(result.error.node or "", "ComfyUI")
             raise DemoError(f"{title}: {result.error.message}")
-        write(client, flow, result, example, category, settings, options.output)
+        write(client, flow, result, options.output)
     trainings = "; ".join(f"{column}: {watcher.figures(node)}" for column, node in flow.trainings.items())
     print(f"Wrote example.png, grid.png, chart.png and workflow_api.json to {options.output}")
     print(f"{settings.steps} steps each - {trainings} - all in {time.monotonic() - start:.0f} s")

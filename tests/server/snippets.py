@@ -23,7 +23,7 @@ SMALL = {  # by class: what makes the quick start take seconds
     "KSampler": {"steps": 1},
     "EmptyLatentImage": {"batch_size": 1},
 }
-WITH_SUDE = "10"  # the node that the page ends early
+TRAINER = "10"  # the node that the page ends early
 LONG = 240  # seconds that one snippet may take on a busy machine
 
 
@@ -61,8 +61,8 @@ class Reader:
         server: stands in for the page's http://127.0.0.1:8188.
         client: of that server.
         checkpoint: the name of a small checkpoint there.
-        steps: of the training with SuDe.
-        seed: of both trainings; one that no other test uses, so that they are done.
+        steps: of the training.
+        seed: of the training; one that no other test uses, so that it is done.
     """
 
     def __init__(self, folder: Path, server: ComfyServer, client: ComfyClient, checkpoint: str, steps: int, seed: int):
@@ -74,7 +74,7 @@ class Reader:
             if node["type"] == "SuDeFineTune":
                 self.lighten(node["widgets_values"])
             changes = {**SMALL.get(node["type"], {}), "ckpt_name": checkpoint, "training_seed": seed}
-            changes["baseline.steps"] = steps if str(node["id"]) == WITH_SUDE else 2
+            changes["baseline.steps"] = steps if str(node["id"]) == TRAINER else 2
             self.change(str(node["id"]), changes)
         for key, node in self.workflow.items():
             node["inputs"] = self.inputs(key)

@@ -21,7 +21,7 @@ from PIL import Image
 from bench.comfy_client import ComfyClient
 from bench.comfy_server import ComfyServer
 
-from .snippets import LONG, REPO, WITH_SUDE, Reader, Snippet, snippets
+from .snippets import LONG, REPO, TRAINER, Reader, Snippet, snippets
 
 PAGE = (REPO / "docs" / "api.md").read_text(encoding="utf-8")
 RUN = {("curl", "sh"), ("Python", "python"), ("comfy run", "sh"), ("What the pictures carry", "python")}
@@ -88,9 +88,9 @@ def test_the_curl_snippets_send_a_picture_train_end_early_and_fetch(reader: Read
             wait_until_it_trains(reader.client)
         said[snippet.code] = reader.shell(snippet)
     (asked,) = (text for code, text in said.items() if "/sude/trainings" in code)
-    assert re.search(rf"^{WITH_SUDE} \| running \| training \| \d+ \| 5000 \| loss ", asked, re.MULTILINE)
+    assert re.search(rf"^{TRAINER} \| running \| training \| \d+ \| 5000 \| loss ", asked, re.MULTILINE)
     (finished,) = (text for code, text in said.items() if "/sude/finish" in code)
-    assert json.loads(finished) == {"node": WITH_SUDE}
+    assert json.loads(finished) == {"node": TRAINER}
     (waited,) = (text for code, text in said.items() if "until " in code)
     assert waited == '"status_str": "success"\n'
     fetched = list(said.values())[-1].split()
@@ -107,7 +107,7 @@ def wait_until_it_trains(client: ComfyClient) -> None:
     end = time.monotonic() + LONG
     while time.monotonic() < end:
         for training in client.get("/sude/trainings")["trainings"]:
-            if training["node"] == WITH_SUDE and training["can_finish"] and training["done"] >= 2:
+            if training["node"] == TRAINER and training["can_finish"] and training["done"] >= 2:
                 return
         time.sleep(0.2)
     raise AssertionError("the training did not begin")
@@ -148,8 +148,8 @@ def check_what_the_helpers_promise(reader: Reader) -> None:
     module = imported(reader.folder / "sude_api.py")
     job = {"prompt": json.loads(json.dumps(reader.workflow)), "workflow": json.loads(json.dumps(reader.drawn))}
     with pytest.raises(ValueError, match="category of .* comes from node 3: change that one"):
-        module.change(job, "SuDe Fine-Tune: with SuDe", "category", "cat")
-    module.change(job, "SuDe Fine-Tune: with SuDe", "baseline.w_s", 0.2)
+        module.change(job, "SuDe Fine-Tune", "category", "cat")
+    module.change(job, "SuDe Fine-Tune", "baseline.w_s", 0.2)
     assert inputs(convert_ui_to_api(job["workflow"], reader.infos)) == inputs(job["prompt"]) != inputs(reader.workflow)
     module.change(job, "SuDe Training Options", "truncation", False)  # one of several that are on
     assert job["workflow"] is None and job["prompt"]["5"]["inputs"]["truncation"] is False
@@ -167,9 +167,9 @@ def check_what_the_helpers_promise(reader: Reader) -> None:
         list(module.events(socket, run))
     with pytest.raises(ValueError, match="'Missing' not found"):
         module.queue({"prompt": {"1": {"class_type": "Missing", "inputs": {}}}, "workflow": None})
-    reader.workflow[WITH_SUDE]["inputs"].update({"baseline.steps": 5000, "training_seed": 73})
+    reader.workflow[TRAINER]["inputs"].update({"baseline.steps": 5000, "training_seed": 73})
     run = module.queue({"prompt": reader.workflow, "workflow": None})
-    with pytest.raises(RuntimeError, match=rf"interrupted at SuDeFineTune \(node {WITH_SUDE}\)"):
+    with pytest.raises(RuntimeError, match=rf"interrupted at SuDeFineTune \(node {TRAINER}\)"):
         for kind, data in module.events(socket, run):
             if kind == "sude.training" and data["can_finish"] and data["steps"] == 5000:
                 module.call("/interrupt", json.dumps({"prompt_id": run}).encode())
@@ -197,7 +197,7 @@ def imported(path: Path) -> ModuleType:
 @needs_bash
 @pytest.mark.parametrize("reader", [(2, 74)], indirect=True)
 def test_comfy_run_takes_both_formats_and_its_pictures_carry_the_prompt_only(reader: Reader):
-    reader.change(WITH_SUDE, {"training_seed": 75})  # else all is cached, and no picture is written
+    reader.change(TRAINER, {"training_seed": 75})  # else all is cached, and no picture is written
     for node in reader.drawn["nodes"]:
         if node["type"] == "SaveImage":
             node["widgets_values"][0] += "_drawn"
