@@ -169,7 +169,7 @@ def quickstart() -> Plan:
     before = draw(plan, fourth, 1, 21, (1, 0), (1, 1), 7, MINI_SAMPLING, text="photo of a running dog", label="before")
     fifth = plan.block("5 · Before and after", 2560)
     labels = {"row_labels": "before: any dog\nafter: your dog", "title": "photo of a running dog"}
-    show(plan, fifth, 0, 30, labels, "quickstart", (640, 520), after, images=(before, 0), images_2=(after, 0))
+    show(plan, fifth, 0, 30, labels, "quickstart", (640, 800), after, images=(before, 0), images_2=(after, 0))
     plan.note(0, 820, 300, 4, first, second)
     return plan
 
@@ -218,6 +218,6 @@ def compare_baselines() -> Plan:
             rows[f"{name} + SuDe" if place else name] = decoded
     last = plan.block("4 · All pictures", 2600)
     sockets = {"images" if i == 0 else f"images_{i + 1}": (node, 0) for i, node in enumerate(rows.values())}
-    show(plan, last, 0, 400, {"row_labels": "\n".join(rows)}, "compare_baselines", (640, 1280), **sockets)
+    show(plan, last, 0, 400, {"row_labels": "\n".join(rows)}, "compare_baselines", (640, 1500), **sockets)
     plan.note(0, 820, 470, 7, first, second)
     return plan

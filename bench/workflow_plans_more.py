@@ -47,7 +47,7 @@ def sweep_ws() -> Plan:
             "prompts": "photo of a running [subject]\nphoto of a burning [subject]\nphoto of a [subject] in the snow",
         },
         {"title": "how strongly to inherit"},
-        True, (760, 900), 1,
+        True, (760, 1150), 1,
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def attribute_and_context() -> Plan:
         Plan("attribute_and_context", "c5f1b7d2-0b52-4a52-9f0a-5a3b8f2d7e33"),
         {"multipliers": "1", "prompts": prompts},
         {"row_labels": "\n".join(attributes), "column_labels": "\n".join(c or "(no context)" for c in contexts)},
-        False, (700, 860), 1,
+        False, (700, 1200), 1,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def truncation_ablation() -> Plan:
         images["images" if not images else f"images_{len(images) + 1}"] = (decoded, 0)
     last = plan.block("4 · All pictures", 2120)
     labels = {"row_labels": "\n".join(rows), "title": "w_s 2, the same seed"}
-    show(plan, last, 0, 30, labels, "truncation_ablation", (640, 520), **images)
+    show(plan, last, 0, 30, labels, "truncation_ablation", (640, 800), **images)
     plan.note(0, 820, 300, 4, first, second)
     return plan
 
@@ -115,7 +115,7 @@ def stable_diffusion(name: str, identifier: str, options: dict, training: dict, 
     )  # fmt: skip
     fifth = plan.block("5 · Before and after", 2560)
     labels = {"row_labels": "before\nafter", "cell": 384}
-    show(plan, fifth, 0, 30, labels, prefix, (640, 640), after, images=(before, 0), images_2=(after, 0))
+    show(plan, fifth, 0, 30, labels, prefix, (640, 940), after, images=(before, 0), images_2=(after, 0))
     plan.note(0, 820, 320, 4, first, second)
     return plan
 

@@ -87,7 +87,9 @@ BUILD = """async plan => {
 def frontend(base: Path) -> Iterator[tuple[Page, ComfyClient, ComfyServer]]:
     """A real frontend on a server whose folders have what the workflows name."""
     for name in ("miniworld", "v1-5-pruned-emaonly-fp16"):
-        files.write(base / "models" / "checkpoints" / f"{name}.safetensors", {}, {})
+        checkpoint = base / "models" / "checkpoints" / f"{name}.safetensors"
+        if not checkpoint.exists():  # only to be named
+            files.write(checkpoint, {}, {})
     for name in ("spike.png", "example.png"):
         shutil.copy(WORKFLOWS / "spike.png", base / "input" / name)
     files.write(base / "output" / "sude" / "spike_00001_.safetensors", {}, {})
