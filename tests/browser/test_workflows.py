@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 from safetensors.numpy import load_file, save_file
 
 from bench.comfy_client import ComfyClient
-from bench.comfy_server import PACK, ComfyServer, link
+from bench.comfy_server import ComfyServer, link
 from comfy_sude import files
 
 REPO = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ WORKFLOWS = REPO / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 NODES = (
     "SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject",
-    "SuDeExportSubject", "SuDeStore",
+    "SuDeExportSubject", "SuDeStore", "SuDeSweep", "SuDeGrid",
 )  # fmt: skip
 FRONTEND_ONLY = {"MarkdownNote"}
 
@@ -34,17 +34,14 @@ DROP = """([name, text]) => {
         canvas.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer, ...at }));
 }"""
 
-# What typing into a widget does: its value, then its callback.
-TYPE = """([node, name, value]) => {
-    const widget = app.graph.getNodeById(node).widgets.find((widget) => widget.name === name);
-    widget.value = value;
-    widget.callback?.(value, app.canvas, app.graph.getNodeById(node));
-}"""
-
-# Everything in view, large enough for the canvas to draw its letters.
+# Everything in view.
 SHOW_ALL = """() => {
-    app.canvas.ds.scale = 0.62;
-    app.canvas.ds.offset = [165, 243];
+    const boxes = app.graph.nodes.map((node) => node.getBounding());
+    const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])));
+    const [right, bottom] = [0, 1].map((i) => Math.max(...boxes.map((box) => box[i] + box[i + 2])));
+    const scale = Math.min(1800 / (right - left), 940 / (bottom - top));
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [80 / scale - left, 110 / scale - top];
     app.canvas.setDirty(true, true);
 }"""
 
@@ -150,64 +147,72 @@ def test_no_node_lies_on_another_and_groups_hold_their_nodes(name: str):
         assert len(inside) == (0 if node["type"] in FRONTEND_ONLY else 1), name_of(node)
 
 
-def test_the_quick_start_is_queued_and_shows_what_it_made(
-    wide: Page, client: ComfyClient, furnished: str, tmp_path: Path
+# Makes what is on the canvas quick: few steps, small pictures, a LoRA of the UNet in the place of DreamBooth.
+SHRINK = """() => {
+    const quick = {
+        "baseline.steps": 2, "baseline.views": 2, "baseline.train_text_encoder": false, "prior.number": 2,
+        "prior.steps": 1, resolution: 64, width: 64, height: 64, preview_every: 0,
+    };
+    for (const node of app.graph.nodes) {
+        const set = (name, value) => {
+            const widget = node.widgets?.find((one) => one.name === name);
+            if (!widget) return;
+            widget.value = value;
+            widget.callback?.(value, app.canvas, node);
+        };
+        const baseline = node.widgets?.find((one) => one.name === "baseline")?.value;
+        if (baseline === "DreamBooth") set("baseline", "DreamBooth LoRA");
+        for (const [name, value] of Object.entries(quick)) set(name, value);
+        if (node.type === "KSampler") set("steps", 2);
+    }
+}"""
+PICTURES = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
+TEXT = "id => String(app.graph.getNodeById(id).widgets.find(w => w.name === '$$node-text-preview')?.value ?? '')"
+# (trainings, rows of the grid, columns of the grid) of each workflow
+MADE = {
+    "quickstart": (1, 2, 4),
+    "compare_baselines": (6, 6, 2),
+    "sweep_ws": (4, 4, 3),
+    "truncation_ablation": (2, 2, 4),
+    "attribute_and_context": (1, 3, 3),
+    "sd15_full": (1, 2, 2),
+    "sd15_lowvram": (1, 2, 2),
+}
+
+
+def test_every_workflow_is_run_here():
+    assert set(NAMES) == {*MADE, "reuse_subject"}, "reuse_subject: tests/browser/test_session.py"
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_workflow_is_queued_and_shows_what_it_made(
+    wide: Page, client: ComfyClient, furnished: str, tmp_path: Path, name: str
 ):
-    workflow = drop(wide, "quickstart")
-    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
-    for node, kind in kinds.items():
-        quick = {
-            "SuDeFineTune": {"baseline.steps": 2},
-            "SuDeTrainingOptions": {"prior.number": 2, "prior.steps": 2},
-            "KSampler": {"steps": 2},
-            "EmptyLatentImage": {"batch_size": 2},
-        }
-        for name, value in quick.get(kind, {}).items():
-            wide.evaluate(TYPE, [node, name, value])
+    workflow = drop(wide, name)
+    wide.evaluate(SHRINK)
     before = set(client.get("/history"))
     wide.get_by_test_id("queue-button").click()
     run = wait_for_new_run(client, before)
     assert run["status"]["status_str"] == "success", run["status"]
 
-    pictures = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
-    text = "id => String(app.graph.getNodeById(id).widgets.find(w => w.name === '$$node-text-preview')?.value ?? '')"
-    for node, kind in kinds.items():
-        if kind in ("SuDeFineTune", "SaveImage"):
-            wide.wait_for_function(f"id => ({pictures})(id).length > 0 && ({pictures})(id)[0][0] > 0", arg=node)
-            expected = [[900, 766]] if kind == "SuDeFineTune" else [[64, 64]] * 2  # the chart has a panel for the prior
-            assert wide.evaluate(pictures, node) == expected
-        if kind == "SuDeFineTune":
-            assert "2 steps" in wide.evaluate(text, node)
-    wide.evaluate(SHOW_ALL)
-    wide.wait_for_timeout(1000)
-    wide.screenshot(path=tmp_path / "quickstart.png")
-
-
-def test_the_baselines_are_compared_in_the_page(wide: Page, client: ComfyClient, furnished: str, tmp_path: Path):
-    workflow = drop(wide, "compare_baselines")
+    trainings, rows, columns = MADE[name]
+    seen = 0
+    wide.evaluate(SHOW_ALL)  # a node loads its pictures when it is drawn
     for node in workflow["nodes"]:
-        quick = {
-            "SuDeFineTune": {"baseline.steps": 2, "baseline.views": 2},
-            "SuDeTrainingOptions": {"prior.number": 2, "prior.steps": 2},
-            "KSampler": {"steps": 2},
-        }
-        for name, value in quick.get(node["type"], {}).items():
-            has = "([id, name]) => app.graph.getNodeById(id).widgets.some(widget => widget.name === name)"
-            if wide.evaluate(has, [node["id"], name]):
-                wide.evaluate(TYPE, [node["id"], name, value])
-    before = set(client.get("/history"))
-    wide.get_by_test_id("queue-button").click()
-    run = wait_for_new_run(client, before)
-    assert run["status"]["status_str"] == "success", run["status"]
-    (saved,) = (node["id"] for node in workflow["nodes"] if node["type"] == "SaveImage")
-    pictures = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
-    wide.wait_for_function(f"id => ({pictures})(id).length > 0 && ({pictures})(id)[0][0] > 0", arg=saved)
-    assert wide.evaluate(pictures, saved) == [[130, 196]] * 2, "three rows of two pictures, two pixels between them"
-    wide.evaluate(
-        "() => { app.canvas.ds.scale = 0.42; app.canvas.ds.offset = [180, 300]; app.canvas.setDirty(true, true); }"
-    )
+        if node["type"] in ("SuDeFineTune", "SuDeSweep"):
+            wide.wait_for_function(f"id => ({PICTURES})(id).length > 0 && ({PICTURES})(id)[0][0] > 0", arg=node["id"])
+            charts = wide.evaluate(PICTURES, node["id"])
+            assert {width for width, _ in charts} == {900}
+            seen += len(charts)
+            assert "2 steps" in wide.evaluate(TEXT, node["id"])
+        if node["type"] == "SuDeGrid":
+            wide.wait_for_function(f"id => ({PICTURES})(id).length > 0 && ({PICTURES})(id)[0][0] > 0", arg=node["id"])
+            ((width, height),) = wide.evaluate(PICTURES, node["id"])
+            side = 384 if name.startswith("sd15") else 192
+            assert columns * side <= width < columns * side + 260 and rows * side <= height < rows * side + 160
+    assert seen == trainings
     wide.wait_for_timeout(1000)
-    wide.screenshot(path=tmp_path / "compare_baselines.png")
+    wide.screenshot(path=tmp_path / f"{name}.png")
     assert not wide.errors
 
 
@@ -228,13 +233,3 @@ def test_the_nodes_help_opens_beside_it(wide: Page, furnished: str, tmp_path: Pa
     wide.get_by_role("heading", name=heading, exact=True).wait_for()
     wide.get_by_role("heading", name="Common mistakes", exact=True).wait_for()
     wide.screenshot(path=tmp_path / f"{node}.png")
-
-
-def test_the_help_has_a_page_for_every_node_in_its_place(client: ComfyClient):
-    for node in NODES:
-        status, body = client.request("GET", f"/extensions/{PACK}/docs/{node}.md")
-        assert status == 200 and body.decode("utf-8").startswith("# SuDe ")
-        info = client.object_info(node)[node]["input"]
-        for group in ("required", "optional"):
-            for name in info.get(group, {}):
-                assert f"**{name}**" in body.decode("utf-8"), f"{node}.md does not explain {name}"

@@ -1,30 +1,25 @@
-// Two buttons: "finish now" on SuDe Fine-Tune, "upload a subject" on SuDe Load Subject.
-import { api } from "../../../scripts/api.js"
-import { app } from "../../../scripts/app.js"
+// The pack in the page: the panel on the nodes that train, and a button on two others.
+import { onTheme } from "./colors.js"
+import { addButton, api, app, say } from "./host.js"
+import { afterOpening, catchUp, listen } from "./live.js"
+import { addPanel, drawAll } from "./panel.js"
+import { addSavedButton, choose } from "./saved.js"
+import { addStyle } from "./style.js"
 
 const UPLOADS = "sude" // folder below ComfyUI's input
 const SUFFIX = ".safetensors"
+const TRAINERS = ["SuDeFineTune", "SuDeSweep"]
 
-function say(severity, detail) {
-  app.extensionManager.toast.add({ severity, summary: "SuDe", detail, life: 6000 })
-}
-
-// A button that is part of neither the saved workflow nor the prompt.
-function addButton(node, label, tooltip, action) {
-  const button = node.addWidget("button", label, null, action, { serialize: false })
-  button.serialize = false
-  button.tooltip = tooltip
-  return button
-}
-
+// Let the training of a node end early; whether the server takes it.
 async function finish(node) {
   const answer = await api.fetchApi("/sude/finish", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ node: String(node.id) }),
+    body: JSON.stringify({ node: String(node) }),
   })
   if (answer.ok) say("info", "Finishing after this step; the workflow goes on with what was learned.")
   else say("warn", (await answer.json().catch(() => ({}))).error ?? `The server answered ${answer.status}.`)
+  return answer.ok
 }
 
 async function upload(node, file) {
@@ -42,15 +37,10 @@ async function upload(node, file) {
     return
   }
   const { name } = await answer.json()
-  const choice = `${name} [input]`
-  const widget = node.widgets.find((one) => one.name === "subject_file")
-  widget.options.values = [choice, ...widget.options.values.filter((value) => value !== choice)]
-  widget.value = choice
-  widget.callback?.(choice)
-  node.setDirtyCanvas(true, true)
+  choose(node, `${name} [input]`)
 }
 
-function choose(node) {
+function pick(node) {
   const picker = document.createElement("input")
   picker.type = "file"
   picker.accept = SUFFIX
@@ -58,14 +48,25 @@ function choose(node) {
   picker.click()
 }
 
+listen()
+
 app.registerExtension({
   name: "SuDe",
+  setup() {
+    addStyle()
+    onTheme(drawAll)
+    catchUp()
+  },
+  afterConfigureGraph: afterOpening,
   nodeCreated(node) {
-    if (node.comfyClass === "SuDeFineTune") {
-      addButton(node, "finish now", "End the training after this step and go on with what was learned.", () => finish(node))
+    if (TRAINERS.includes(node.comfyClass)) {
+      // The panel has this button where a person sees it; as a widget it is there for other scripts.
+      const button = addButton(node, "finish now", "End the training after this step.", () => finish(node.id))
+      button.hidden = button.options.hidden = true
+      addPanel(node, finish)
     }
     if (node.comfyClass === "SuDeLoadSubject") {
-      addButton(node, "upload a subject", "Choose a file, or drop one on the node.", () => choose(node))
+      addButton(node, "upload a subject", "Choose a file, or drop one on the node.", () => pick(node))
       node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
       node.onDragDrop = (event) => {
         const [file] = event.dataTransfer.files
@@ -73,5 +74,6 @@ app.registerExtension({
         return Boolean(file)
       }
     }
+    if (node.comfyClass === "SuDeSaveSubject") addSavedButton(node)
   },
 })

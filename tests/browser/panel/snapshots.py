@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from playwright.sync_api import Page
+from playwright.sync_api import Locator, Page, expect
 
 POINTS = 200
+PROMPTS = ["photo of a running sks dog", "photo of a sks dog wearing a hat"]
+RENDERERS = {"classic": False, "nodes2": True}  # and whether it is Nodes 2.0
 numbers = itertools.count(1)
 
 
@@ -40,6 +42,11 @@ def snapshot(node: str | int, client: str | None, step: int = 120, w_s: float = 
         "previews": None,
     }  # fmt: skip
     return made | changes
+
+
+def shot(page: Page, node: int | str = 1, step: int = 120, w_s: float = 0.4, **changes) -> dict:
+    """A snapshot of a training that this page queued from the open workflow."""
+    return snapshot(node, step=step, w_s=w_s, **{"client": page.client, "workflow": page.workflow, **changes})
 
 
 def previews(base: Path, steps: list[int], prompts: list[str]) -> dict[str, Any]:
@@ -85,3 +92,14 @@ def client_id(page: Page) -> str:
     """What the page calls itself towards the server."""
     page.wait_for_function("window.comfyAPI.api.api.clientId")
     return page.evaluate("window.comfyAPI.api.api.clientId")
+
+
+def panel(page: Page, node: int = 1) -> Locator:
+    """The panel of a node: in the order of the nodes."""
+    return page.locator(".sude-panel:visible").nth(node - 1)
+
+
+def expect_idle(shown: Locator) -> None:
+    """A panel has nothing to show."""
+    expect(shown.get_by_text("Curves appear here during training.")).to_be_visible()
+    expect(shown.get_by_role("progressbar")).to_be_hidden()
