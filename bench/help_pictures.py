@@ -26,7 +26,14 @@ PLAIN = (
     "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject", "SuDeExportSubject",
     "SuDeStore", "SuDeSweep",
 )  # fmt: skip
-GRAPHS = ("compare_baselines", "sd15_full", "sd15_lowvram")  # whose thumbnails show the graph
+# whose thumbnails show the graph
+GRAPHS = ("compare_baselines", "sweep_ws", "truncation_ablation", "sd15_full", "sd15_lowvram")
+    "compare_baselines",
+    "sweep_ws",
+    "truncation_ablation",
+    "sd15_full",
+    "sd15_lowvram",
+)  # whose thumbnails show the graph
 COLORS = 128  # of a picture
 
 # Sets widgets by node type, then by name.

@@ -168,7 +168,7 @@ def quickstart() -> Plan:
     after = draw(plan, fourth, 1, 11, (10, 0), (10, 1), 7, MINI_SAMPLING, prompt=(6, 0), label="after")
     before = draw(plan, fourth, 1, 21, (1, 0), (1, 1), 7, MINI_SAMPLING, text="photo of a running dog", label="before")
     fifth = plan.block("5 · Before and after", 2560)
-    labels = {"row_labels": "before: any dog\nafter: your dog", "title": "photo of a running dog"}
+    labels = {"row_labels": "before: any dog\nafter: sks dog", "title": "photo of a running dog"}
     show(plan, fifth, 0, 30, labels, "quickstart", (640, 800), after, images=(before, 0), images_2=(after, 0))
     plan.note(0, 820, 300, 4, first, second)
     return plan

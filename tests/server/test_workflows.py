@@ -264,16 +264,6 @@ def test_what_the_quick_start_saved_is_drawn_again_without_training(
     assert client.view(picture)[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize(
-    "name", ["sd15_full", "sd15_lowvram", "sweep_ws", "truncation_ablation", "attribute_and_context"]
-)  # the others are run above and in the browser
-def test_the_other_workflows_run(client: ComfyClient, furnished: str, name: str):
-    workflow = small(api(name))
-    result = client.submit(workflow)
-    assert result.error is None, result.error
-    assert client.view(result.images(nodes(workflow, "SaveImage")[0])[0])[:4] == b"\x89PNG"
-
-
 def test_the_quick_starts_file_runs_with_comfy_run(
     server: ComfyServer, client: ComfyClient, furnished: str, tmp_path: Path
 ):

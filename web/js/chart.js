@@ -121,7 +121,7 @@ export function draw(canvas, plot, colors) {
 
 // Where the plot's area begins and ends, in CSS pixels.
 export function edges(plot, width) {
-  return { left: 38, right: width - (plot.right ? 38 : 10) }
+  return { left: 44, right: width - (plot.right ? 44 : 10) }
 }
 
 function axes(ctx, plot, area, left, right, colors, x, y) {
