@@ -26,14 +26,8 @@ PLAIN = (
     "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject", "SuDeExportSubject",
     "SuDeStore", "SuDeSweep",
 )  # fmt: skip
-# whose thumbnails show the graph
+# Workflows whose thumbnails show the graph.
 GRAPHS = ("compare_baselines", "sweep_ws", "truncation_ablation", "sd15_full", "sd15_lowvram")
-    "compare_baselines",
-    "sweep_ws",
-    "truncation_ablation",
-    "sd15_full",
-    "sd15_lowvram",
-)  # whose thumbnails show the graph
 COLORS = 128  # of a picture
 
 # Sets widgets by node type, then by name.

@@ -8,7 +8,7 @@ import pytest
 from comfy_sude.baselines import REGISTRY
 from comfy_sude.baselines.dreambooth import DreamBoothSettings
 from comfy_sude.baselines.dreambooth_lora import DreamBoothLoRASettings
-from comfy_sude.recipe import Keeping, Options, Prior, Recipe
+from comfy_sude.recipe import Keeping, Options, Prior, Recipe, Watching
 
 
 def recipe(**changes) -> Recipe:
@@ -31,10 +31,10 @@ def test_every_baselines_preset_is_a_recipe_that_trains(method):
     assert recipe(method=method, baseline=REGISTRY[method].settings()).checked()
 
 
-@pytest.mark.parametrize("values", [DreamBoothSettings, DreamBoothLoRASettings, Options, Prior, Keeping])
+@pytest.mark.parametrize("values", [DreamBoothSettings, DreamBoothLoRASettings, Options, Prior, Keeping, Watching])
 def test_every_setting_tells_what_it_does(values):
     for field in dataclasses.fields(values):
-        if field.name not in ("prior", "keeping"):
+        if field.name not in ("prior", "keeping", "watching"):
             assert len(field.metadata["help"]) > 20, field.name
 
 
