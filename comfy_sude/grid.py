@@ -13,6 +13,12 @@ SMALLEST = 192  # px of a cell's longer side, unless told otherwise: labels stay
 LARGEST = 16_384  # px of the grid's longer side
 GAP = 6
 MARGIN = 14
+# Fonts of other scripts than Latin, as Windows, macOS and Linux have them; Pillow's own font knows Latin only.
+FONTS = (
+    "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc",
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "arial.ttf", "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
+)  # fmt: skip
 BACKGROUND, INK, EMPTY = (24, 26, 31), (226, 228, 233), (36, 39, 46)
 
 
@@ -84,9 +90,8 @@ def draw(layout: Layout, title: str = "", cell: int = 0) -> Tensor:
     columns = max(len(row) for row in layout.cells)
     deep = max(len(one) for row in layout.cells for one in row)  # pictures in a cell
     across = deep * width + (deep - 1) * GAP // 2
-    font, large = (
-        ImageFont.load_default(max(12, size)) for size in (min(width, height) // 12, min(width, height) // 9)
-    )
+    sizes = (max(12, min(width, height) // part) for part in (12, 9))
+    font, large = (font_for("".join([title, *layout.rows, *layout.columns]), size) for size in sizes)
     heads = [_wrapped(label, font, across) for label in layout.columns]
     sides = [_wrapped(label, font, width) for label in layout.rows]
     line = sum(font.getmetrics())
@@ -121,6 +126,27 @@ def draw(layout: Layout, title: str = "", cell: int = 0) -> Tensor:
                 canvas.rectangle((x, y, x + width - 1, y + height - 1), fill=EMPTY)
                 image.paste(fitted, (x + (width - fitted.width) // 2, y + (height - fitted.height) // 2))
     return torch.from_numpy(np.array(image)).unsqueeze(0).float() / 255
+
+
+def font_for(text: str, size: int):
+    """Pillow's own font; if it lacks a character of the text, the first of this machine that has them all, if any."""
+    own = ImageFont.load_default(size)
+    if _has_all(own, text):
+        return own
+    for name in FONTS:
+        try:
+            found = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        if _has_all(found, text):
+            return found
+    return own
+
+
+def _has_all(font, text: str) -> bool:
+    """Whether a font has every character of a text: none looks as one that no font has."""
+    unknown = bytes(font.getmask("\U0010fffe"))
+    return all(character.isspace() or bytes(font.getmask(character)) != unknown for character in set(text))
 
 
 def _fitted(picture: Tensor, width: int, height: int) -> Image.Image:

@@ -102,3 +102,23 @@ def test_long_labels_are_wrapped_within_their_column():
 def test_a_grid_too_large_for_a_picture_says_what_to_do():
     with pytest.raises(ValueError, match="at most 16384 are drawn: set cell"):
         draw(arrange([one(0.5).expand(400, -1, -1, -1)], [], [], 100), cell=4096)
+
+
+def test_labels_in_other_scripts_take_a_font_that_has_them(monkeypatch):
+    own = grid.font_for("photo of a running sks dog, w_s 0.4 (plain)", 20)
+    assert own.getname() == grid.ImageFont.load_default(20).getname()
+    tried = []
+
+    def find(name, size):
+        tried.append(name)
+        raise OSError("not on this machine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid.ImageFont, "truetype", find)
+        assert grid.font_for("бег", 20).getname() == own.getname() and tried == list(grid.FONTS), (
+            "none: boxes, no error"
+        )
+    found = grid.font_for("бег", 20)
+    if found.getname() == own.getname():
+        pytest.skip("no font with Cyrillic on this machine")
+    assert grid._has_all(found, "бег") and not grid._has_all(own, "бег")
