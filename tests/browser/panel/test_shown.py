@@ -122,11 +122,13 @@ def test_a_preview_opens_and_is_walked_through_by_keys(tab: Page, server: ComfyS
     expect(dialog).to_have_count(0)
     expect(last).to_be_focused()
     picture = last.locator("img").element_handle()
-    more = previews(server.base, list(range(50, 301, 25)), PROMPTS)
+    more = previews(server.base, list(range(25, 301, 25)), PROMPTS)
     send(tab, shot(tab, 1, 300, previews=more))
-    expect(panel(tab).get_by_role("button", name=f"{PROMPTS[0]}, step 300")).to_be_visible()
+    newest = panel(tab).get_by_role("button", name=f"{PROMPTS[0]}, step 300")
+    expect(newest).to_be_visible()
+    assert newest.evaluate(seen, strip.element_handle()), "and so is the next newest one"
     assert picture.evaluate("e => e.isConnected"), "a picture that stays is not loaded again"
-    expect(panel(tab).locator(".sude-shot")).to_have_count(22)
+    expect(panel(tab).locator(".sude-shot")).to_have_count(24)
 
 
 def test_finish_now_asks_for_the_node_and_only_where_there_is_something_to_finish(tab: Page):
