@@ -118,7 +118,7 @@ def test_only_run_time_files_are_published(packed: Path):
     tops = {name.split("/")[0] for name in names}
     files = {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
     assert files <= tops
-    assert tops <= files | {"comfy_sude", "web", "locales", "workflows"}
+    assert tops <= files | {"comfy_sude", "web", "locales", "workflows", "subgraphs"}
 
 
 def test_the_shipped_workflows_name_only_nodes_that_exist(client: ComfyClient):

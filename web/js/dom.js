@@ -35,7 +35,8 @@ export function short(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–"
   if (value === 0) return "0"
   const size = Math.abs(value)
-  return size < 1e-3 || size >= 1e5 ? value.toExponential(1).replace("e+", "e") : String(Number(value.toPrecision(3)))
+  if (size >= 1e-3 && size < 1e5) return String(Number(value.toPrecision(3)))
+  return value.toExponential(1).replace("e+", "e").replace(".0e", "e") // 2.5e-4, 4e-5
 }
 
 export function percent(share) {

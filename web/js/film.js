@@ -47,7 +47,7 @@ export class Film {
     this.grid.style.gridTemplateColumns = `repeat(${this.shots.length}, ${size}px)`
     this.grid.replaceChildren(...cells, ...this.shots.map((shot) => make("div", {}, String(shot.step))))
     if (this.grid.contains(focused)) focused.focus({ preventScroll: true })
-    
+    if (atEnd) this.toEnd()
   }
 
   button(old, shot, row, size) {

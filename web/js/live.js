@@ -6,10 +6,10 @@ const EVENT = "sude.training"
 const MOST = 64 // snapshots kept, over all open workflows
 const LOST = "The server knows no more of this training: it was probably started anew."
 
-const known = new Map() // the newest snapshot by workflow and node, the one heard of last at the end
+const known = new Map() // the newest snapshot by page, workflow and node, the one heard of last at the end
 
 function keyOf(snapshot) {
-  return `${identifier(snapshot.workflow) ?? ""}|${snapshot.node}`
+  return `${snapshot.client}|${identifier(snapshot.workflow) ?? ""}|${snapshot.node}`
 }
 
 // Keep a snapshot unless a newer one is there; whether it was kept.

@@ -140,9 +140,9 @@ export class Panel {
   show(snapshot) {
     const before = this.snapshot
     this.snapshot = snapshot
-    const text = `${snapshot.title}: ${this.state()}`
-    if (snapshot.state !== before?.state || snapshot.phase !== before?.phase || snapshot.id !== before?.id) {
-      write(this.spoken, text)
+    const part = String(snapshot.part) !== String(before?.part)
+    if (part || snapshot.state !== before?.state || snapshot.phase !== before?.phase || snapshot.id !== before?.id) {
+      write(this.spoken, `${this.subject()}: ${this.state()}`)
     }
     this.later()
   }
@@ -174,10 +174,14 @@ export class Panel {
     this.later()
   }
 
-  state(counted = "") {
-    const { state, phase, part } = this.snapshot
-    const text = (STATES[state] ?? phase) + counted
-    return part ? `${text} · part ${part[0]} of ${part[1]}` : text
+  state() {
+    return STATES[this.snapshot.state] ?? this.snapshot.phase
+  }
+
+  // What is trained, and which of how many of a sweep it is.
+  subject() {
+    const { title, part } = this.snapshot
+    return part ? `${part[0]} of ${part[1]}: ${title}` : title
   }
 
   render() {
@@ -209,7 +213,7 @@ export class Panel {
     const { state, done, total, can_finish: can } = snapshot
     const running = state === "running"
     const counted = running && total > 1 ? ` ${done}/${total}` : ""
-    write(this.title, this.state(counted))
+    write(this.title, this.state() + counted)
     set(this.fold, "aria-expanded", open)
     set(this.fold, "title", open ? "Fold this panel" : "Unfold this panel")
     const asked = this.finishing === snapshot.id
@@ -238,7 +242,7 @@ export class Panel {
       write(this.facts.children[index], fact)
     })
     hide(this.facts, !facts.length)
-    fill(this.about, snapshot.title)
+    fill(this.about, this.subject())
     fill(this.line, running && curves?.l_sub?.length ? "" : line) // the curves say more
     fill(this.notice, notice && `note: ${notice}`)
     fill(this.error, error)

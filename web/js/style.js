@@ -23,10 +23,10 @@ const TEXT = `
 .sude-panel :focus-visible, .sude-view :focus-visible { outline: 2px solid var(--sude-l_sub); outline-offset: 1px; }
 .sude-panel .sude-fold {
   flex: 1; min-width: 0; display: flex; align-items: center; gap: 6px; border-color: transparent; padding: 2px 4px;
-  margin-left: -4px; font-weight: 600; text-align: left;
+  margin-left: -4px; font-weight: 600; text-align: left; white-space: normal;
 }
-.sude-fold span:last-child { overflow: hidden; text-overflow: ellipsis; }
-.sude-mark { display: inline-block; width: 10px; transition: transform 0.15s; }
+.sude-fold span:last-child { overflow-wrap: anywhere; }
+.sude-mark { display: inline-block; flex: none; width: 10px; line-height: 1; transition: transform 0.15s; }
 [aria-expanded="true"] > .sude-mark { transform: rotate(90deg); }
 .sude-bar { height: 4px; border-radius: 2px; background: var(--sude-border); overflow: hidden; }
 .sude-bar > div {

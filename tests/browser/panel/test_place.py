@@ -45,7 +45,7 @@ def answer(page: Page, *snapshots: dict) -> None:
 
 def test_a_workflow_that_is_opened_shows_what_the_server_knows_and_a_lost_training_says_so(tab: Page):
     saved = tab.evaluate("app.graph.serialize()")
-    answer(tab, shot(tab, 2, 333), shot(tab, 1, client="someone else"))
+    answer(tab, shot(tab, 2, 333), *(shot(tab, node, 4, client="someone else") for node in (1, 2)))
     tab.evaluate("saved => app.loadGraphData(saved)", saved)
     expect(panel(tab, 2).get_by_role("button", name="training 333/500")).to_be_visible()
     expect_idle(panel(tab))

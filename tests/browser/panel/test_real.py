@@ -78,12 +78,15 @@ def test_a_real_training_is_watched_reloaded_and_finished_and_another_follows(
         assert time.monotonic() < end, "the run did not end"
         time.sleep(0.2)
     assert client.get("/history")[new.pop()]["status"]["status_str"] == "success"
-    saver = "app.graph.getNodeById(13).widgets.find(w => w.name === 'open saved subject').callback()"
-    opened.evaluate(saver)
-    chosen = (
-        "app.graph.nodes.find(n => n.type === 'SuDeLoadSubject')?.widgets.find(w => w.name === 'subject_file').value"
-    )
-    opened.wait_for_function(f"{chosen} === 'tests/panel{seeds[0]}_00001_.safetensors'")
+    # History has the end of a run before the page has heard of it.
+    found = """() => {
+        const loader = app.graph.nodes.find(n => n.type === "SuDeLoadSubject")
+        if (loader) return loader.widgets.find(w => w.name === "subject_file").value
+        app.graph.getNodeById(13).widgets.find(w => w.name === "open saved subject").callback()
+        return null
+    }"""
+    chosen = opened.wait_for_function(found, polling=500).json_value()
+    assert chosen == f"tests/panel{seeds[0]}_00001_.safetensors"
     opened.screenshot(path=tmp_path / "page.png")
     # ComfyUI opens its websocket before it loads extensions, and says that nobody listens to what comes in between.
     assert not [error for error in opened.errors if not error.startswith("Unhandled message")]

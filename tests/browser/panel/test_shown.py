@@ -23,10 +23,17 @@ WHOLE = """e => {
 def test_a_snapshot_is_shown_on_its_node_and_on_no_other(tab: Page):
     send(tab, shot(tab, 1, 260, notice="The picture is small.", part=[2, 3]))
     shown = panel(tab)
-    expect(shown.get_by_role("button", name="training 260/500 · part 2 of 3")).to_be_visible()
+    expect(shown.get_by_role("button", name="training 260/500", exact=True)).to_be_visible()
     bar = shown.get_by_role("progressbar")
     assert [bar.get_attribute(f"aria-value{end}") for end in ("min", "now", "max")] == ["0", "260", "500"]
-    for text in ("3.21 steps/s", "1:15 left", "1:21 elapsed", "9.1 of 24.0 GB", "note: The picture is small."):
+    for text in (
+        "2 of 3: DreamBooth of 'dog', w_s 0.4",
+        "3.21 steps/s",
+        "1:15 left",
+        "1:21 elapsed",
+        "9.1 of 24.0 GB",
+        "note: The picture is small.",
+    ):
         expect(shown.get_by_text(text, exact=True)).to_be_visible()
     for name in ("L_sub", "validation", "L_sude", "still to inherit", "gate"):
         expect(shown.locator(".sude-legend").get_by_text(name, exact=True)).to_be_visible()
@@ -35,7 +42,7 @@ def test_a_snapshot_is_shown_on_its_node_and_on_no_other(tab: Page):
     ).to_be_visible()
     expect(shown.get_by_role("img", name=re.compile("L_sude from .*to inherit from .*gate from"))).to_be_visible()
     expect_idle(panel(tab, 2))
-    assert shown.locator("[aria-live=polite]").first.text_content().endswith("training · part 2 of 3")
+    assert shown.locator("[aria-live=polite]").first.text_content() == "2 of 3: DreamBooth of 'dog', w_s 0.4: training"
 
     send(tab, shot(tab, 1, 300, 0.0, state="failed", error="Out of memory.", can_finish=False))
     expect(shown.get_by_text("Out of memory.")).to_be_visible()
