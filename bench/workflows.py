@@ -112,8 +112,8 @@ def build(page: Page, server: ComfyServer, plan: Plan) -> tuple[dict, dict]:
     for block, shown in zip(plan.blocks, described["blocks"], strict=True):
         shown["under"] = [plan.blocks.index(one) for one in block.under]
     made = page.evaluate(BUILD, described)
-    made["saved"]["extra"] = {}
-    return made["saved"], made["output"]
+    saved = {name: value for name, value in made["saved"].items() if value is not None}
+    return {**saved, "extra": {}}, made["output"]
 
 
 def lines(content: dict) -> str:
