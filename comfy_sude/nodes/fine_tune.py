@@ -126,7 +126,7 @@ def workflow_id(extra_pnginfo) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def read_recipe(category: str, baseline: dict | None, seed: int, options: Options | None, class_images) -> Recipe:
+def read_recipe(category: str, baseline: dict | None, seed: int, options: Options | None, class_images=None) -> Recipe:
     """The checked Recipe of the node's inputs; ValueError for what no training can use."""
     options = Options() if options is None else options
     expect(options, Options, "options", "SuDe Training Options, or nothing")

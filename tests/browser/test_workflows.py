@@ -167,6 +167,8 @@ SHRINK = """() => {
     }
 }"""
 PICTURES = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
+# A node loads its pictures when it is drawn, large enough for pictures.
+NEAR = "id => { app.canvas.ds.scale = 0.8; app.canvas.centerOnNode(app.graph.getNodeById(id)) }"
 TEXT = "id => String(app.graph.getNodeById(id).widgets.find(w => w.name === '$$node-text-preview')?.value ?? '')"
 # (trainings, rows of the grid, columns of the grid) of each workflow
 MADE = {
@@ -197,8 +199,8 @@ def test_a_workflow_is_queued_and_shows_what_it_made(
 
     trainings, rows, columns = MADE[name]
     seen = 0
-    wide.evaluate(SHOW_ALL)  # a node loads its pictures when it is drawn
     for node in workflow["nodes"]:
+        wide.evaluate(NEAR, node["id"])
         if node["type"] in ("SuDeFineTune", "SuDeSweep"):
             wide.wait_for_function(f"id => ({PICTURES})(id).length > 0 && ({PICTURES})(id)[0][0] > 0", arg=node["id"])
             charts = wide.evaluate(PICTURES, node["id"])
@@ -211,6 +213,7 @@ def test_a_workflow_is_queued_and_shows_what_it_made(
             side = 384 if name.startswith("sd15") else 192
             assert columns * side <= width < columns * side + 260 and rows * side <= height < rows * side + 160
     assert seen == trainings
+    wide.evaluate(SHOW_ALL)
     wide.wait_for_timeout(1000)
     wide.screenshot(path=tmp_path / f"{name}.png")
     assert not wide.errors
