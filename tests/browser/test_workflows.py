@@ -169,7 +169,7 @@ SHRINK = """() => {
 PICTURES = "id => (app.graph.getNodeById(id).imgs ?? []).map(image => [image.naturalWidth, image.naturalHeight])"
 # A node loads its pictures when it is drawn, large enough for pictures.
 NEAR = "id => { app.canvas.ds.scale = 0.8; app.canvas.centerOnNode(app.graph.getNodeById(id)) }"
-TEXT = "id => String(app.graph.getNodeById(id).widgets.find(w => w.name === '$$node-text-preview')?.value ?? '')"
+PANEL = "id => app.graph.getNodeById(id).widgets.find(w => w.name === 'sude_live').element.textContent"
 # (trainings, rows of the grid, columns of the grid) of each workflow
 MADE = {
     "quickstart": (1, 2, 4),
@@ -206,7 +206,7 @@ def test_a_workflow_is_queued_and_shows_what_it_made(
             charts = wide.evaluate(PICTURES, node["id"])
             assert {width for width, _ in charts} == {900}
             seen += len(charts)
-            assert "2 steps" in wide.evaluate(TEXT, node["id"])
+            wide.wait_for_function(f"id => ({PANEL})(id).includes('2 steps in')", arg=node["id"])
         if node["type"] == "SuDeGrid":
             wide.wait_for_function(f"id => ({PICTURES})(id).length > 0 && ({PICTURES})(id)[0][0] > 0", arg=node["id"])
             ((width, height),) = wide.evaluate(PICTURES, node["id"])
