@@ -1,6 +1,9 @@
 """SuDe Fine-Tune: MODEL, CLIP, VAE, a picture and its category in; patched MODEL and CLIP and the SUBJECT out."""
 
+from dataclasses import dataclass
+
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from .. import chart
 from ..baselines import REGISTRY
@@ -83,29 +86,42 @@ class SuDeFineTune(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        image,
-        category,
-        baseline=None,
-        training_seed=0,
-        class_images=None,
-        options=None,
-        retrain=False,
-    ) -> io.NodeOutput:
+    def execute(cls, **inputs) -> io.NodeOutput:
         """Train, then patch clones of MODEL and CLIP. Raises ValueError on what cannot be trained."""
-        recipe = read_recipe(category, baseline, training_seed, options, class_images)
-        about = title(recipe)
-        with Progress(cls.hidden.unique_id, about, workflow_id(cls.hidden.extra_pnginfo)) as report:
-            entries = folders.store(recipe.options.keeping.store_limit)
-            subject = fine_tune(model, clip, vae, image, recipe, report, entries, class_images, retrain)
-            patched = apply_subject(model, clip, subject)
-            report.end(story(subject))
-        picture = ui.PreviewImage(chart.draw(subject.log, f"{about}, {subject.log.steps} steps"), cls=cls)
-        return io.NodeOutput(*patched, subject, ui=picture)
+        training = Training(**inputs)
+        recipe = training.recipe()
+        with Progress(cls.hidden.unique_id, title(recipe), workflow_id(cls.hidden.extra_pnginfo)) as report:
+            outputs, picture = training.run(recipe, report)
+        return io.NodeOutput(*outputs, ui=ui.PreviewImage(picture, cls=cls))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a node that trains was given, by the names of `training_inputs`."""
+
+    model: object
+    clip: object
+    vae: object
+    image: Tensor
+    category: str
+    baseline: dict | None = None
+    training_seed: int = 0
+    class_images: Tensor | None = None
+    options: Options | None = None
+    retrain: bool = False
+
+    def recipe(self) -> Recipe:
+        """The checked Recipe; ValueError for what no training can use."""
+        return read_recipe(self.category, self.baseline, self.training_seed, self.options, self.class_images)
+
+    def run(self, recipe: Recipe, report: Progress) -> tuple[tuple, Tensor]:
+        """Train: patched MODEL and CLIP and the Subject, and the chart as an IMAGE."""
+        entries = folders.store(recipe.options.keeping.store_limit)
+        models = self.model, self.clip, self.vae
+        subject = fine_tune(*models, self.image, recipe, report, entries, self.class_images, self.retrain)
+        patched = apply_subject(self.model, self.clip, subject)
+        report.end(story(subject))
+        return (*patched, subject), chart.draw(subject.log, f"{title(recipe)}, {subject.log.steps} steps")
 
 
 def title(recipe: Recipe) -> str:

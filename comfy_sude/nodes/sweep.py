@@ -6,14 +6,11 @@ import math
 import torch
 from comfy_api.latest import io, ui
 
-from .. import captions, chart
-from ..finetune import fine_tune
-from ..host import folders
-from ..host.apply import apply_subject
+from .. import captions
 from ..host.progress import Progress
 from ..recipe import Recipe
 from ..watch import SUBJECT
-from .fine_tune import read_recipe, story, title, training_inputs, workflow_id
+from .fine_tune import Training, title, training_inputs, workflow_id
 from .sockets import CATEGORY, SubjectSocket
 
 MULTIPLIERS = "0.5, 1, 2"  # of w_s. Source: paper Sec. 5.1 ("flexible w_s")
@@ -74,40 +71,23 @@ class SuDeSweep(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        image,
-        category,
-        baseline=None,
-        training_seed=0,
-        class_images=None,
-        options=None,
-        retrain=False,
-        multipliers=MULTIPLIERS,
-        prompts="",
-    ) -> io.NodeOutput:
+    def execute(cls, multipliers=MULTIPLIERS, prompts="", **inputs) -> io.NodeOutput:
         """Train one after the other. Raises ValueError on what cannot be trained, before anything is."""
-        recipe = read_recipe(category, baseline, training_seed, options, class_images)
+        training = Training(**inputs)
+        recipe = training.recipe()
         recipes = [scaled(recipe, factor) for factor in read_multipliers(multipliers)]
         lines = read_prompts(prompts)
-        rows, pictures = [], []
+        rows, charts = [], []
         with Progress(cls.hidden.unique_id, title(recipes[0]), workflow_id(cls.hidden.extra_pnginfo)) as report:
-            entries = folders.store(recipe.options.keeping.store_limit)
             for index, one in enumerate(recipes):
-                about = title(one)
-                report.begin(about, index + 1, len(recipes))
-                subject = fine_tune(model, clip, vae, image, one, report, entries, class_images, retrain)
-                patched = apply_subject(model, clip, subject)
-                for line in lines:
-                    prompt = captions.normalize(line.replace(SUBJECT, subject.metadata["subject"]))
-                    rows.append((*patched, subject, label(one), prompt))
-                pictures.append(chart.draw(subject.log, f"{about}, {subject.log.steps} steps"))
-                report.end(story(subject))
-        charts = ui.PreviewImage(torch.cat(pictures), cls=cls)
-        return io.NodeOutput(*(list(column) for column in zip(*rows, strict=True)), ui=charts)
+                report.begin(title(one), index + 1, len(recipes))
+                (*patched, subject), picture = training.run(one, report)
+                words = subject.metadata["subject"]
+                written = [captions.normalize(line.replace(SUBJECT, words)) for line in lines]
+                rows += [(*patched, subject, label(one), prompt) for prompt in written]
+                charts.append(picture)
+        shown = ui.PreviewImage(torch.cat(charts), cls=cls)
+        return io.NodeOutput(*(list(column) for column in zip(*rows, strict=True)), ui=shown)
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
