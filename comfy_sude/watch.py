@@ -76,12 +76,14 @@ class Previews:
         rows: the oldest first; every second of the older ones goes when there are too many.
         seconds: spent on them.
         note: why there are none at the moment.
+        stopped: whether there will be no more.
     """
 
     prompts: list[str]
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
     note: str = ""
+    stopped: bool = False
 
     def add(self, row: Row) -> None:
         """Keep a row."""
@@ -102,8 +104,7 @@ class Watched:
     """
 
     def __init__(self, log: Log, w_s: float, total: int, watching: Watching | None = None, prompts: list[str] = ()):
-        self.log, self.w_s, self.total = log, w_s, total
-        self.asked = self.watching = watching  # `watching` is None once previews have stopped
+        self.log, self.w_s, self.total, self.watching = log, w_s, total, watching
         self.curves = Curves()
         self.curves.feed(log)
         self.previews = Previews(list(prompts)) if prompts and watching and watching.preview_every else None
@@ -143,7 +144,7 @@ class Watcher(Watched):
         super().__init__(trainer.log, recipe.baseline.w_s, recipe.baseline.steps, watching, prompts)
         self.trainer, self.decode, self.tick = trainer, decode, tick
         self._steps = 0  # followed so far
-        self._due = 0  # the step since which a row is due, or 0
+        self._due = False  # whether a row waits to be drawn
         self._last = 0.0  # seconds of the last row
 
     def begin(self) -> None:
@@ -161,7 +162,7 @@ class Watcher(Watched):
         """Let go of the trainer; what was seen stays."""
         if self._took is None:
             self._took = self.seconds
-        if self.previews and self.watching:
+        if self.previews and not self.previews.stopped:
             self.previews.note = "" if self.previews.rows else "too short for previews within their limit of the time"
         self.trainer = self.decode = self.tick = None
 
@@ -172,12 +173,11 @@ class Watcher(Watched):
         step = self.log.steps
         if step % VALIDATE_EVERY == 0:
             self.validate()
-        if self.previews is None or self.watching is None:
+        if self.previews is None or self.previews.stopped:
             return
-        if step % self.watching.preview_every == 0:
-            self._due = self._due or step
+        self._due |= step % self.watching.preview_every == 0
         if self._due and self._affordable():
-            self._due = 0
+            self._due = False
             self.preview()
 
     def validate(self) -> None:
@@ -210,7 +210,7 @@ class Watcher(Watched):
         except (OSError, torch.OutOfMemoryError) as error:
             said = str(error).strip() or type(error).__name__
             self.previews.note = f"previews stopped: {said.splitlines()[0][:200]}"
-            self.watching = None
+            self.previews.stopped = True
         self._last = time.monotonic() - began
         self.previews.seconds += self._last
 

@@ -44,7 +44,7 @@ class Progress:
     """
 
     def __init__(self, node_id: str | None = None, training: str = "", workflow: str | None = None):
-        self.node_id, self.training = node_id, training
+        self.node_id, self.training, self.workflow = node_id, training, workflow
         self.enough = False
         self._notice = self._part = ""
         self._send_text = self._live = None
@@ -53,7 +53,6 @@ class Progress:
 
             server = getattr(PromptServer, "instance", None)
             self._send_text = server.send_progress_text if server else None
-            self._live = Live(node_id, training, workflow) if server and training else None
         self._ended = threading.Event()
         self.phase("starting", 1)
 
@@ -61,6 +60,9 @@ class Progress:
         if self.node_id is not None and self.training:
             _running[self.node_id] = self
         if self._send_text is not None:
+            if self.training:
+                self._live = Live(self.node_id, self.training, self.workflow)
+                self._show(self._began, now=True)
             threading.Thread(target=self._repeat, name="SuDe progress", daemon=True).start()
         return self
 
