@@ -1,9 +1,9 @@
 """The training's log as a picture: the loss terms and the share of open gates over the steps."""
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .data import from_pil
 from .log import TERMS, Log
 
 WIDTH, HEAD, PANEL, FOOT = 900, 30, 176, 32
@@ -33,8 +33,7 @@ def draw(log: Log, title: str) -> Tensor:
         box = (64, HEAD + 34 + index * PANEL, WIDTH - 20, HEAD + (index + 1) * PANEL)
         _panel(canvas, font, box, log.values[term], label, color)
     canvas.text((WIDTH - 20, size[1] - 24), f"{log.steps} steps", fill=INK, font=font, anchor="ra")
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, size[1], size[0], 3).float() / 255
+    return from_pil(image)
 
 
 def _panel(canvas, font, box, values: list[float], label: str, color) -> None:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 MIN_SIDE = 64  # px; below this a picture holds nothing a latent model could learn (8 x 8 latent cells)
@@ -41,6 +43,17 @@ def check_images(images, name: str = "image") -> Tensor:
         alpha = pixels[..., 3:]
         pixels = pixels[..., :3] * alpha + (1 - alpha)
     return pixels.expand(*pixels.shape[:3], 3).contiguous()
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture [H, W, C] in [0, 1] (C = 1, 3, or 4 with an alpha that is left out) as 8-bit RGB."""
+    rgb = torch.nan_to_num(picture[..., :3].detach().float()).expand(*picture.shape[:2], 3)
+    return Image.fromarray((rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """[1, H, W, 3] IMAGE in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).float()[None] / 255
 
 
 def to_square(pixels: Tensor, side: int, fit: str = "center crop") -> Tensor:

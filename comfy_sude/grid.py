@@ -4,10 +4,11 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .chart import BACKGROUND, INK
+from .data import from_pil, to_pil
 
 SMALLEST = 192  # px of a cell's longer side, unless told otherwise: labels stay readable beside small pictures
 LARGEST = 16_384  # px of the grid's longer side
@@ -19,7 +20,7 @@ FONTS = (
     "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "arial.ttf", "DejaVuSans.ttf",
     "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
 )  # fmt: skip
-BACKGROUND, INK, EMPTY = (24, 26, 31), (226, 228, 233), (36, 39, 46)
+EMPTY = (36, 39, 46)  # beside a picture that does not fill its cell
 
 
 @dataclass
@@ -125,7 +126,7 @@ def draw(layout: Layout, title: str = "", cell: int = 0) -> Tensor:
                 fitted = _fitted(picture, width, height)
                 canvas.rectangle((x, y, x + width - 1, y + height - 1), fill=EMPTY)
                 image.paste(fitted, (x + (width - fitted.width) // 2, y + (height - fitted.height) // 2))
-    return torch.from_numpy(np.array(image)).unsqueeze(0).float() / 255
+    return from_pil(image)
 
 
 def font_for(text: str, size: int):
@@ -151,8 +152,7 @@ def _has_all(font, text: str) -> bool:
 
 def _fitted(picture: Tensor, width: int, height: int) -> Image.Image:
     """A picture [h, w, 3] as large as fits."""
-    array = (picture[..., :3].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    image = Image.fromarray(np.ascontiguousarray(array))
+    image = to_pil(picture)
     factor = min(width / image.width, height / image.height)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
-import numpy as np
-import torch
-from PIL import Image
+from torch import Tensor
 
+from ..data import to_pil
 from ..watch import Watched
 
 EVENT = "sude.training"
@@ -125,7 +124,7 @@ def previews(watched: Watched) -> dict | None:
     drawn = watched.previews
     if drawn is None:
         return None
-    asked = watched.asked
+    asked = watched.watching
     return {
         "prompts": drawn.prompts,
         "every": asked.preview_every,
@@ -145,7 +144,7 @@ def memory() -> list[int] | None:
     return [int(total - comfy.model_management.get_free_memory(device)), int(total)]
 
 
-def save_previews(pixels: torch.Tensor, name: str) -> list[dict]:
+def save_previews(pixels: Tensor, name: str) -> list[dict]:
     """Write pictures [N, H, W, 3] in [0, 1] to ComfyUI's temp folder; how GET /view is asked for each.
 
     Raises:
@@ -156,8 +155,7 @@ def save_previews(pixels: torch.Tensor, name: str) -> list[dict]:
     found = []
     for index, picture in enumerate(pixels):
         path = folder / f"{name}_{index}.jpg"
-        array = (torch.nan_to_num(picture.float()).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        Image.fromarray(np.ascontiguousarray(array)).save(path, quality=90)
+        to_pil(picture).save(path, quality=90)
         found.append({"filename": path.name, "subfolder": FOLDER, "type": "temp"})
     return found
 

@@ -5,12 +5,11 @@ import io
 from datetime import datetime, timezone
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import __version__, store
 from ..baselines import Baseline
-from ..data import to_square
+from ..data import to_pil, to_square
 from ..log import Log
 from ..subject import FORMAT
 from .model import check_supported, checkpoint_name, family
@@ -60,9 +59,8 @@ def metadata(baseline: Baseline, log: Log, known: dict) -> dict:
 
 def thumbnail(picture: Tensor, fit: str) -> str:
     """[1, H, W, 3] as a small JPEG in a data URI."""
-    square = (to_square(picture, THUMBNAIL, fit)[0] * 255).round().to(torch.uint8)
     file = io.BytesIO()
-    Image.fromarray(square.numpy()).save(file, "JPEG", quality=80)
+    to_pil(to_square(picture, THUMBNAIL, fit)[0]).save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

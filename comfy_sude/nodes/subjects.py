@@ -4,12 +4,12 @@ import base64
 import io as bytes_io
 from pathlib import Path
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
 from .. import files, subject
+from ..data import from_pil
 from ..host import folders
 from ..host.apply import apply_subject, differences
 from ..host.progress import Progress
@@ -191,7 +191,6 @@ def thumbnail(about: dict) -> torch.Tensor | None:
         image = Image.open(bytes_io.BytesIO(base64.b64decode(uri.split(",", 1)[1])), formats=["JPEG"])
         if max(image.size) > LARGEST_THUMBNAIL:
             return None
-        pixels = np.asarray(image.convert("RGB"))
+        return from_pil(image)
     except (OSError, ValueError, SyntaxError):  # what Pillow makes of broken bytes
         return None
-    return torch.from_numpy(pixels.copy()).float()[None] / 255
