@@ -7,14 +7,20 @@ skipped, or fail where SUDE_REQUIRE_BROWSER is set (as in CI).
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, sync_playwright
+from safetensors.numpy import load_file, save_file
 
 from bench.comfy_client import ComfyClient
-from bench.comfy_server import ComfyServer
+from bench.comfy_server import ComfyServer, link
+from comfy_sude import files
+
+REPO = Path(__file__).resolve().parents[2]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 PLACES = (
@@ -99,3 +105,49 @@ def page(browser: Browser, server: ComfyServer, tmp_path: Path) -> Iterator[Page
     yield tab
     tab.screenshot(path=tmp_path / "page.png")
     context.close()
+
+
+# The desktop's drop: the browser's own events with a DataTransfer that holds the file.
+DROP = """([name, text]) => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([text], name, { type: "application/json" }));
+    const canvas = document.querySelector("#graph-canvas");
+    const box = canvas.getBoundingClientRect();
+    const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
+    for (const kind of ["dragenter", "dragover", "drop"])
+        canvas.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer, ...at }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def furnished(server: ComfyServer, checkpoint) -> str:
+    """The files that the workflows name: pictures, and the mini world or a small random checkpoint in its place."""
+    folder = server.base / "models" / "checkpoints"
+    mini = folder / "miniworld.safetensors"
+    if mini.is_symlink() or mini.exists():
+        mini.unlink()
+    if (REPO / "bench" / "miniworld" / "miniworld.safetensors").is_file():
+        from bench.demo import CHECKPOINT
+        from bench.miniworld.expand import expand
+
+        link(expand(CHECKPOINT), mini)
+    else:
+        save_file(load_file(folder / checkpoint("small")), mini, {"modelspec.resolution": "64x64"})
+    link(mini, folder / "v1-5-pruned-emaonly-fp16.safetensors")
+    for name in ("spike.png", "example.png"):
+        shutil.copy(REPO / "workflows" / "spike.png", server.base / "input" / name)
+    saved = server.base / "output" / "sude" / "spike_00001_.safetensors"
+    if not saved.is_file():  # only to be named
+        files.write(saved, {"x": torch.zeros(1)}, {})
+    return mini.name
+
+
+def wait_for_new_run(client: ComfyClient, before: set[str], seconds: float = 900) -> dict:
+    """The history of the first run that is over and was not there before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for name, run in client.get("/history").items():
+            if name not in before and run.get("status"):
+                return run
+        time.sleep(0.5)
+    raise TimeoutError(f"no run ended within {seconds:.0f} s")

@@ -6,7 +6,7 @@ from playwright.sync_api import Page, expect
 
 from bench.comfy_client import ComfyClient
 
-from .test_workflows import wait_for_new_run
+from .conftest import wait_for_new_run
 
 REPO = Path(__file__).resolve().parents[2]
 NAME = "Subject from one photo"

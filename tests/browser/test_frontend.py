@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,9 @@ from playwright.sync_api import Page
 
 from bench.comfy_client import ComfyClient
 
-REPO = Path(__file__).resolve().parents[2]
+from .conftest import DROP, wait_for_new_run
 
-# Drops a file on the canvas as the desktop would: the browser's own events with a DataTransfer that holds the file.
-DROP = """([name, text]) => {
-    const transfer = new DataTransfer();
-    transfer.items.add(new File([text], name, { type: "application/json" }));
-    const target = document.querySelector("#graph-canvas");
-    const box = target.getBoundingClientRect();
-    const place = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
-    for (const kind of ["dragenter", "dragover", "drop"]) {
-        const event = new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer, ...place });
-        target.dispatchEvent(event);
-    }
-}"""
+REPO = Path(__file__).resolve().parents[2]
 
 # Makes a loaded workflow small: the tiny checkpoint and picture, few steps, small pictures, set in the widgets.
 SHRINK = """([checkpoint, image]) => {
@@ -58,17 +46,6 @@ def drop(page: Page, name: str, workflow: dict) -> None:
     page.evaluate("app.graph.clear()")
     page.evaluate(DROP, [name, json.dumps(workflow)])
     page.wait_for_function("app.graph.nodes.some(n => n.type === 'SuDeFineTune')")
-
-
-def wait_for_new_run(client: ComfyClient, before: set[str], seconds: float = 300) -> dict:
-    """The history of the first run that is over and was not there before."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for name, run in client.get("/history").items():
-            if name not in before and run.get("status"):
-                return run
-        time.sleep(0.5)
-    raise TimeoutError(f"no run ended within {seconds:.0f} s")
 
 
 def test_the_page_loads_without_an_error_of_ours(page: Page):

@@ -12,8 +12,7 @@ from playwright.sync_api import Locator, Page, expect
 from bench.comfy_client import ComfyClient
 from bench.comfy_server import ComfyServer
 
-from .conftest import READY
-from .test_workflows import furnished, wait_for_new_run  # noqa: F401 the fixture
+from .conftest import READY, wait_for_new_run
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -102,7 +101,7 @@ def number(where: Locator, name: str, value: object) -> None:
     expect(row.locator("input")).to_have_value(re.compile(rf"^{value}(\.0+)?$"))
 
 
-def test_a_whole_session(screen: Page, client: ComfyClient, furnished: str, photo: Path, tmp_path: Path):  # noqa: F811
+def test_a_whole_session(screen: Page, client: ComfyClient, furnished: str, photo: Path, tmp_path: Path):
     page = screen
     open_template(page, "quickstart", "SuDeFineTune")
     # the photo, its category, the baseline, what it should do

@@ -16,10 +16,7 @@ from .attention_toy import PROCESS, Calls, networks, posteriors
 SUBJECT, CATEGORY = "photo of a <new1> dog", "photo of a dog"
 
 
-@pytest.fixture(autouse=True)
-def like_comfyuis_executor():
-    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "like_comfyuis_executor")
 
 
 def recipe(prior="class images", w_s=0.0, seed=3, category="dog", **changes) -> Recipe:

@@ -9,7 +9,9 @@ from comfy_sude import resume
 from comfy_sude.resume import Keeper
 from comfy_sude.store import Store
 
-from .test_train import Report, Toy, like_comfyuis_executor, one_thread  # noqa: F401 fixtures
+from .test_train import Report, Toy
+
+pytestmark = pytest.mark.usefixtures("one_thread", "like_comfyuis_executor")
 
 STATES = [
     {},

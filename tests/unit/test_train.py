@@ -24,20 +24,7 @@ SUBJECT, CATEGORY, EMPTY = "photo of a sks dog", "photo of a dog", ""
 PRIORS = ("class images", "distillation", "off")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only cost time on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def like_comfyuis_executor():
-    """Nodes run in inference mode; the node leaves it for the training."""
-    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "like_comfyuis_executor")
 
 
 class ToyUNet(nn.Module):

@@ -20,10 +20,7 @@ from .attention_toy import HEADS, PROCESS, WIDTH, Calls, networks, posteriors
 PLACES = ("output_blocks.1.1",)  # every second of three
 
 
-@pytest.fixture(autouse=True)
-def like_comfyuis_executor():
-    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "like_comfyuis_executor")
 
 
 # --- The restatement: fp64, one head and one token at a time where that is clearer

@@ -12,7 +12,9 @@ from comfy_sude.log import TERMS, Log
 from comfy_sude.recipe import Options, Watching
 from comfy_sude.watch import Curves, Previews, Row, Watcher, wanted
 
-from .test_train import SUBJECT, Report, Toy, like_comfyuis_executor, one_thread  # noqa: F401 fixtures of those tests
+from .test_train import SUBJECT, Report, Toy
+
+pytestmark = pytest.mark.usefixtures("one_thread", "like_comfyuis_executor")
 
 EVERY_STEP = Watching(preview_prompts="photo of a [subject]", preview_every=1, preview_steps=2, preview_limit=100)
 
