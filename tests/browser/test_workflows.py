@@ -157,7 +157,7 @@ def test_a_workflow_is_queued_and_shows_what_it_made(
             charts = wide.evaluate(PICTURES, node["id"])
             assert {width for width, _ in charts} == {900}
             seen += len(charts)
-            wide.wait_for_function(f"id => ({PANEL})(id).includes('2 steps in')", arg=node["id"])
+            wide.wait_for_function(f"id => ({PANEL})(id).includes('2 steps')", arg=node["id"])
         if node["type"] == "SuDeGrid":
             wide.wait_for_function(f"id => ({PICTURES})(id).length > 0 && ({PICTURES})(id)[0][0] > 0", arg=node["id"])
             ((width, height),) = wide.evaluate(PICTURES, node["id"])
