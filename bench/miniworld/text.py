@@ -110,8 +110,11 @@ class Encoder:
         """tokens int64 [P, 77], rows [R, 768] of TRAINED_IDS -> what CLIPTextEncode gives, [P, 77, 768]."""
         place = self.place[tokens]
         learned = F.embedding(place.clamp(min=0), rows)
-        x = torch.where((place >= 0)[..., None], learned, self.table[tokens])
-        x = x + self.weights["embeddings.position_embedding.weight"]
+        return self.encode(torch.where((place >= 0)[..., None], learned, self.table[tokens]))
+
+    def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [P, 77, 768] -> what CLIPTextEncode gives, alike."""
+        x = embeddings + self.weights["embeddings.position_embedding.weight"]
         for layer in range(LIVE_LAYERS):
             at = f"encoder.layers.{layer}."
             x = x + self._attend(self._norm(x, at + "layer_norm1"), at + "self_attn.")

@@ -44,6 +44,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context: int):
         super().__init__()
+        self.heads = HEADS
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context, width, bias=False)
         self.to_v = nn.Linear(context, width, bias=False)

@@ -1,0 +1,178 @@
+"""The identity judge: reads an individual's body colour, second colour and pattern off a picture of the mini world.
+
+Trained on renders of random individuals and their codec reconstructions, under slight blur and noise only: colours are
+what it is there to read. It never saw a sample of a fine-tuned model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from .judge import BATCH, _stage
+from .world import ATTRIBUTES, CATEGORIES, PATTERNS, Subject, random_subject, render
+
+IDENTITY_FILE = Path(__file__).with_name("identity.safetensors")
+CHUNK = 500
+PLAIN_SHARE = 0.2  # of the renders have no attribute
+CHANCE = 0.45  # RGB distance (of sides 0..1) at which a colour counts as another one: see `floor` in identity.json
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read off N pictures: colours in 0..1 and the probabilities of PATTERNS."""
+
+    body: torch.Tensor
+    """[N, 3]"""
+    second: torch.Tensor
+    """[N, 3]"""
+    pattern: torch.Tensor
+    """[N, 3]"""
+
+    def distances(self, subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+        """Euclidean RGB distances [N] of body and second colour to a subject's own."""
+        return tuple(
+            (read - torch.tensor(colour) / 255).norm(dim=1)
+            for read, colour in ((self.body, subject.body), (self.second, subject.second))
+        )
+
+    def score(self, subject: Subject) -> torch.Tensor:
+        """[N] identity in 0..1: the mean of body colour, second colour and the probability of the pattern.
+
+        A colour counts 1 where it is the subject's own and falls linearly to 0 at the distance CHANCE.
+        """
+        body, second = ((1 - distance / CHANCE).clamp(min=0) for distance in self.distances(subject))
+        return (body + second + self.pattern[:, PATTERNS.index(subject.pattern)]) / 3
+
+
+class IdentityJudge(nn.Module):
+    """Pictures [N, 3, 64, 64] in 0..1 -> [N, 9]: body RGB, second RGB, logits of PATTERNS.
+
+    It learns where to look, not what colours are: each colour is a weighted mean of the picture's own pixels.
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 48, 64, 96)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*_stage(a, b)) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.where = nn.Sequential(nn.Conv2d(32 + 48 + 64 + 96, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 1))
+        self.pattern = nn.Sequential(nn.Flatten(), nn.Linear(96 * 16, 96), nn.ReLU(), nn.Linear(96, len(PATTERNS)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, found = 2 * x - 1, []
+        for stage in self.stages:
+            h = stage(h)
+            found.append(h)
+        side = found[0].shape[-1]
+        wide = torch.cat([F.interpolate(h, size=side, mode="nearest") for h in found], 1)
+        weights = self.where(wide).flatten(2).softmax(-1)  # [N, 2, pixels]
+        colours = weights @ F.avg_pool2d(x, x.shape[-1] // side).flatten(2).transpose(1, 2)
+        return torch.cat([colours.flatten(1), self.pattern(found[-1])], 1)
+
+    @torch.no_grad()
+    def read(self, pictures: torch.Tensor) -> Reading:
+        """Pictures [N, 64, 64, 3], uint8 or float in 0..1 -> Reading."""
+        if pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
+            raise ValueError(f"The judge reads pictures [N, 64, 64, 3], not {list(pictures.shape)}.")
+        x = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+        read = torch.cat([self.eval()(part.permute(0, 3, 1, 2)) for part in x.clamp(0, 1).split(256)])
+        return Reading(read[:, :3].clamp(0, 1), read[:, 3:6].clamp(0, 1), read[:, 6:].softmax(-1))
+
+
+def load_identity(path: str | Path = IDENTITY_FILE) -> IdentityJudge:
+    """The shipped identity judge."""
+    judge = IdentityJudge()
+    judge.load_state_dict({name: w.float() for name, w in load_file(path).items()}, strict=False)
+    return judge.eval()
+
+
+# --- Making it -------------------------------------------------------------------------------------------------------
+
+
+def _chunk(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    pictures, labels = np.empty((CHUNK, 64, 64, 3), np.uint8), np.empty((CHUNK, 9), np.float32)
+    for i in range(CHUNK):
+        subject = random_subject(rng)
+        attribute = None if rng.random() < PLAIN_SHARE else ATTRIBUTES[int(rng.integers(len(ATTRIBUTES)))]
+        category = int(rng.integers(len(CATEGORIES)))
+        pictures[i] = render(CATEGORIES[category], attribute, subject)
+        colours = [value / 255 for value in (*subject.body, *subject.second)]
+        labels[i] = *colours, PATTERNS.index(subject.pattern), category, ATTRIBUTES.index(attribute) if attribute else -1
+    return pictures, labels
+
+
+def renders(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` (a multiple of 500) renders: uint8 [N, 64, 64, 3] and float [N, 9].
+
+    The columns: body RGB, second RGB, index of the pattern, index of the category, index of the attribute (-1: none).
+    """
+    seeds = range(seed, seed + count // CHUNK)
+    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
+        chunks = pool.map(_chunk, seeds, chunksize=1)
+    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*chunks, strict=True))
+
+
+def soften(x: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, 64, 64] with slight blur, noise and shifts; colours stay."""
+    share = torch.rand(len(x), 1, 1, 1)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, blurred, share * (torch.rand(len(x), 1, 1, 1) < 0.6)) + 0.03 * torch.randn_like(x)
+    dy, dx = torch.randint(-3, 4, (2,)).tolist()
+    padded = F.pad(x, (3, 3, 3, 3), mode="replicate")
+    return padded[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx].clamp(0, 1)
+
+
+def train(pictures: torch.Tensor, labels: torch.Tensor, seconds: float, path: Path = IDENTITY_FILE) -> IdentityJudge:
+    """pictures uint8 [N, 64, 64, 3] and labels of `renders` -> IdentityJudge, written to `path` in fp16."""
+    judge = IdentityJudge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
+    begin, step = time.monotonic(), 0
+    while (spent := time.monotonic() - begin) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * spent / seconds)) + 0.005)
+        chosen = torch.randint(len(pictures), (BATCH,))
+        read = judge(soften(pictures[chosen].permute(0, 3, 1, 2).float() / 255))
+        colours = F.smooth_l1_loss(read[:, :6], labels[chosen, :6], beta=0.05)
+        loss = 10 * colours + F.cross_entropy(read[:, 6:], labels[chosen, 6].long())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            log.info("identity judge step %d, %.0f s, loss %.4f", step, spent, loss.item())
+    weights = {name: w.detach() for name, w in judge.state_dict().items() if not name.endswith("batches_tracked")}
+    save_file({name: w.half() if w.is_floating_point() else w for name, w in weights.items()}, path)
+    return judge.eval()
+
+
+def errors(judge: IdentityJudge, pictures: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Median and 90th percentile of the colours' RGB distance, the share of right patterns, all by attribute too."""
+    reading = judge.read(pictures)
+    body, second = (reading.body - labels[:, :3]).norm(dim=1), (reading.second - labels[:, 3:6]).norm(dim=1)
+    pattern = (reading.pattern.argmax(1) == labels[:, 6].long()).float()
+
+    def summary(chosen: torch.Tensor) -> dict:
+        found = {"pictures": int(chosen.sum())}
+        for name, distance in (("body", body[chosen]), ("second", second[chosen])):
+            found[f"{name}_median"] = round(distance.median().item(), 4)
+            found[f"{name}_p90"] = round(distance.quantile(0.9).item(), 4)
+        return found | {"pattern_right": round(pattern[chosen].mean().item(), 4)}
+
+    attributes = labels[:, 8].long()
+    by_attribute = {name or "none": summary(attributes == i - 1) for i, name in enumerate((None, *ATTRIBUTES))}
+    return summary(torch.ones_like(pattern, dtype=torch.bool)) | {"by_attribute": by_attribute}

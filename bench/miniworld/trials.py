@@ -1,0 +1,77 @@
+"""Many trials: worker processes of one thread each, one JSON line a finished trial, what is there is not run again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from .trial import PICTURES, Judges, Setting, run
+
+log = logging.getLogger(__name__)
+
+
+def load(path: Path) -> list[dict]:
+    """All finished trials of a file, {"setting", "rows"} each; a torn last line is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def rows(path: Path) -> list[dict]:
+    """Every judgement of every trial of a file."""
+    return [row for trial in load(path) for row in trial["rows"]]
+
+
+def name(setting: dict) -> str:
+    """What makes two trials the same."""
+    return json.dumps(setting, sort_keys=True)
+
+
+def missing(settings: Iterable[Setting], path: Path) -> list[Setting]:
+    """Those that the file does not have."""
+    known = {name(trial["setting"]) for trial in load(path)}
+    return [setting for setting in settings if name(setting.key()) not in known]
+
+
+_state: dict = {}
+
+
+def _begin() -> None:
+    from .learner import World
+
+    torch.set_num_threads(1)
+    _state.update(world=World.load(), judges=Judges(), class_images={})
+
+
+def _work(job: tuple[Setting, int]) -> dict:
+    setting, pictures = job
+    began = time.perf_counter()
+    found = run(setting, _state["world"], _state["judges"], _state["class_images"], pictures)
+    return {"setting": setting.key(), "rows": found, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def run_all(
+    settings: Iterable[Setting], path: Path, workers: int | None = None, pictures: int = PICTURES
+) -> Iterator[dict]:
+    """Run what the file lacks, append each trial to it as it ends, and yield it."""
+    jobs = [(setting, pictures) for setting in missing(settings, path)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = "".join(json.dumps(trial) + "\n" for trial in load(path))
+    path.write_text(whole, encoding="utf-8")  # without a torn line
+    count = min(workers or os.cpu_count() or 1, len(jobs))
+    if not jobs:
+        return
+    with multiprocessing.get_context("spawn").Pool(count, _begin) as pool, path.open("a", encoding="utf-8") as file:
+        for done, trial in enumerate(pool.imap_unordered(_work, jobs), 1):
+            file.write(json.dumps(trial) + "\n")
+            file.flush()
+            log.info("trial %d of %d, %.0f s", done, len(jobs), trial["seconds"])
+            yield trial
