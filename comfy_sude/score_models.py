@@ -38,27 +38,29 @@ class Kind:
 
     Attributes:
         architecture: the class of transformers.
+        side: px of the square it sees.
+        shorter: px the shorter edge is resized to before the square is cut from the centre; None squashes.
         colors: mean and standard deviation of its pixels.
-        shorter: side the shorter edge is resized to before the centre crop, over the crop's; None squashes.
         tokens: that a text may have; None for a model without texts.
         options: for the architecture.
     """
 
     architecture: str
+    side: int
+    shorter: int | None
     colors: tuple[tuple[float, ...], tuple[float, ...]]
-    shorter: float | None = 1.0
     tokens: int | None = None
     options: tuple[tuple[str, object], ...] = ()
 
 
 KINDS = {
-    CLIP: Kind("CLIPModel", CLIP_COLORS, tokens=77),
+    CLIP: Kind("CLIPModel", 224, 224, CLIP_COLORS, tokens=77),  # Source: openai/CLIP clip.py
     # Source: released SuDe code, scripts/evaluate_model.py:86-126 (resize 256 bicubic, centre crop 224)
-    DINO: Kind("ViTModel", IMAGENET_COLORS, shorter=256 / 224, options=(("add_pooling_layer", False),)),
+    DINO: Kind("ViTModel", 224, 256, IMAGENET_COLORS, options=(("add_pooling_layer", False),)),
     # Source: the repository's preprocessor_config.json (shortest edge 256, crop 224, bicubic)
-    DINOV2: Kind("Dinov2Model", IMAGENET_COLORS, shorter=256 / 224),
+    DINOV2: Kind("Dinov2Model", 224, 256, IMAGENET_COLORS),
     # Source: salesforce/BLIP, models/blip_itm.py (384 x 384 squashed, 35 tokens, cosine of the two projections)
-    BLIP: Kind("BlipForImageTextRetrieval", CLIP_COLORS, shorter=None, tokens=35),
+    BLIP: Kind("BlipForImageTextRetrieval", 384, None, CLIP_COLORS, tokens=35),
 }
 
 
@@ -125,11 +127,9 @@ class Models:
             squash: px; resize to this square first, whatever the proportions. 0 leaves them.
         """
         model, _ = self._load(name)
-        kind = KINDS[name]
-        vision = getattr(model.config, "vision_config", model.config)
         found = []
         for part in self._batches(name, pictures):
-            pixels = torch.stack([prepare(picture, kind, vision.image_size, squash) for picture in part])
+            pixels = torch.stack([prepare(picture, KINDS[name], squash) for picture in part])
             output = _image_output(model, pixels.to(self.device))
             found.append(F.normalize(output.float(), dim=-1).cpu())
         return torch.cat(found)
@@ -199,17 +199,16 @@ class Models:
         return [path for path in found if path.is_file()]
 
 
-def prepare(picture: Tensor, kind: Kind, side: int, squash: int = 0) -> Tensor:
+def prepare(picture: Tensor, kind: Kind, squash: int = 0) -> Tensor:
     """[3, side, side] a picture [H, W, 3] in [0, 1] as a model wants it: bicubic with antialiasing on 8-bit pixels."""
-    image = to_pil(picture)
+    image, side = to_pil(picture), kind.side
     if squash:
         image = image.resize((squash, squash), Image.Resampling.BICUBIC)
     if kind.shorter is None:
         image = image.resize((side, side), Image.Resampling.BICUBIC)
     else:
-        short = round(side * kind.shorter)
         least = min(image.size)
-        width, height = (short if length == least else int(short * length / least) for length in image.size)
+        width, height = (int(kind.shorter * length / least) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - side) / 2), round((height - side) / 2)
         image = image.crop((left, top, left + side, top + side))
