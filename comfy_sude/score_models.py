@@ -101,12 +101,12 @@ class Models:
         lacking = self.missing(metrics)
         if not lacking:
             return
-        place = self.folders[0] if self.folders else Path("the hub's cache")
         said = []
         for name in lacking:
             pickled = any(self._find(name, file) for file in PICKLES)
             reason = " (there is only a pickle of it, which could run any program and is not read)" if pickled else ""
-            said.append(f"{name}{reason} into {place / name}")
+            place = self.folders[0] / name if self.folders else "the hub's cache"
+            said.append(f"{name}{reason} into {place}")
         raise MissingModel(
             f"models that score are not on this machine, and nothing is downloaded: get {'; '.join(said)}. Each needs "
             "its config.json, model.safetensors and tokenizer files from huggingface.co; the node's help page says how."
