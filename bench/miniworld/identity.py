@@ -66,10 +66,9 @@ class IdentityJudge(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, 32, 48, 64, 96)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*_stage(a, b)) for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.where = nn.Sequential(nn.Conv2d(32 + 48 + 64 + 96, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 2, 1))
+        self.stages = nn.ModuleList(nn.Sequential(*_stage(a, b)) for a, b in zip(widths, widths[1:], strict=False))
+        layers = nn.Conv2d(32 + 48 + 64 + 96, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()
+        self.where = nn.Sequential(*layers, nn.Conv2d(32, 2, 1))
         self.pattern = nn.Sequential(nn.Flatten(), nn.Linear(96 * 16, 96), nn.ReLU(), nn.Linear(96, len(PATTERNS)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +111,12 @@ def _chunk(seed: int) -> tuple[np.ndarray, np.ndarray]:
         category = int(rng.integers(len(CATEGORIES)))
         pictures[i] = render(CATEGORIES[category], attribute, subject)
         colours = [value / 255 for value in (*subject.body, *subject.second)]
-        labels[i] = *colours, PATTERNS.index(subject.pattern), category, ATTRIBUTES.index(attribute) if attribute else -1
+        labels[i] = (
+            *colours,
+            PATTERNS.index(subject.pattern),
+            category,
+            ATTRIBUTES.index(attribute) if attribute else -1,
+        )
     return pictures, labels
 
 

@@ -267,7 +267,9 @@ class Learner:
 
     def sample(self, captions: list[str], count: int, seed: int, steps: int, guidance: float) -> Tensor:
         """Pictures [len(captions) * count, 64, 64, 3]: of every caption as many, all captions from the same noise."""
-        noise = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).repeat(len(captions), 1, 1, 1)
+        noise = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).repeat(
+            len(captions), 1, 1, 1
+        )
         with torch.inference_mode():
             contexts = self.words(["", *captions])
         index = torch.arange(1, len(captions) + 1).repeat_interleave(count)
@@ -281,8 +283,16 @@ class Learner:
         count = int((index == 1).sum())
         for row, caption in enumerate(captions, 1):
             part = noise[(row - 1) * count : row * count]
-            latents.append(ddim(_Looking(self, caption), contexts[[0, row]], torch.ones(count, dtype=torch.long), part,
-                                steps, guidance))
+            latents.append(
+                ddim(
+                    _Looking(self, caption),
+                    contexts[[0, row]],
+                    torch.ones(count, dtype=torch.long),
+                    part,
+                    steps,
+                    guidance,
+                )
+            )
         return torch.cat(latents)
 
 

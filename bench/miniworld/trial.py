@@ -117,6 +117,7 @@ def judge(learner: Learner, judges: Judges, pictures: int = PICTURES) -> dict:
     found = {
         "attribute": right[asked].mean(),
         "attribute_probability": chance[asked].mean(),
+        "aligned": (right * of_category)[asked].mean(),
         "category": of_category[asked].mean(),
         "category_plain": of_category[plain].mean(),
         "identity": score[asked].mean(),
@@ -149,9 +150,7 @@ class Drift:
 
     def _predict(self, net) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            u, c = (
-                net(self.x, self.t, context.expand(PROBES, -1, -1)).float() for context in self.fixed
-            )
+            u, c = (net(self.x, self.t, context.expand(PROBES, -1, -1)).float() for context in self.fixed)
         return u, c
 
     def measure(self) -> dict:

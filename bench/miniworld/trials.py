@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -69,9 +70,15 @@ def run_all(
     count = min(workers or os.cpu_count() or 1, len(jobs))
     if not jobs:
         return
-    with multiprocessing.get_context("spawn").Pool(count, _begin) as pool, path.open("a", encoding="utf-8") as file:
-        for done, trial in enumerate(pool.imap_unordered(_work, jobs), 1):
-            file.write(json.dumps(trial) + "\n")
-            file.flush()
-            log.info("trial %d of %d, %.0f s", done, len(jobs), trial["seconds"])
-            yield trial
+    # an executor, not a Pool: that one starts workers that cannot begin again and again for ever
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for done, future in enumerate(as_completed([pool.submit(_work, job) for job in jobs]), 1):
+                trial = future.result()
+                file.write(json.dumps(trial) + "\n")
+                file.flush()
+                log.info("trial %d of %d, %.0f s", done, len(jobs), trial["seconds"])
+                yield trial
+    finally:
+        pool.shutdown(cancel_futures=True)
