@@ -7,7 +7,20 @@ import folder_paths
 from .. import files
 from ..store import GIGABYTE, Store
 
+SCORES = "sude_scores"  # the kind of model files that extra_model_paths.yaml and the models folder know by this name
 SUBJECTS = "sude"  # the folder of saved subjects: below output (where they are saved), models and input (uploads)
+
+
+def register() -> None:
+    """Let ComfyUI know the folder of the models that score."""
+    folder_paths.add_model_folder_path(SCORES, str(Path(folder_paths.models_dir) / SCORES))
+
+
+def score_folders() -> list[Path]:
+    """Where models that score may lie: models/sude_scores and what extra_model_paths.yaml adds."""
+    register()
+    own = Path(folder_paths.models_dir) / SCORES
+    return [own, *(Path(path) for path in folder_paths.get_folder_paths(SCORES) if Path(path) != own)]
 
 
 def store(gigabytes: float) -> Store:

@@ -2,12 +2,14 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host import folders
 from . import routes
 from .export_subject import SuDeExportSubject
 from .fine_tune import SuDeFineTune
 from .grid import SuDeGrid
 from .options import SuDeTrainingOptions
 from .prompt import SuDePrompt
+from .score import SuDeScore
 from .store import SuDeStore
 from .subjects import SuDeApplySubject, SuDeLoadSubject, SuDeSaveSubject
 from .sweep import SuDeSweep
@@ -17,8 +19,9 @@ class SuDeExtension(ComfyExtension):
     """The pack's nodes and its routes."""
 
     async def on_load(self) -> None:
-        """Add the routes."""
+        """Add the routes and the folder of the models that score."""
         routes.register()
+        folders.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of a workflow."""
@@ -33,4 +36,5 @@ class SuDeExtension(ComfyExtension):
             SuDeStore,
             SuDeSweep,
             SuDeGrid,
+            SuDeScore,
         ]
