@@ -1,6 +1,7 @@
 """Scores by label as a table: as text, as a picture, and as JSON values."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from .scores import best
 FAINT, GOOD, BAD, CHOSEN = (140, 146, 158), (120, 210, 130), (240, 120, 110), (36, 52, 46)
 SIZE, SMALL, MARGIN = 22, 15, 22  # px
 ROW, HEAD, COLUMN, LONGEST = 58, 46, 118, 520  # px; LONGEST of a label
+NOTE = 110  # characters in a line below the table
 ALL = "all pictures"  # label where none is given
 
 
@@ -133,6 +135,7 @@ def draw(table: Sequence[Row], choice: Choice | None = None) -> Tensor:
     plain = next((row for row in table if choice and row.label == choice.plain), None)
     notes = ["percent, higher is better; ± is the standard error over a row's pictures"]
     notes += [f"coloured: difference from {plain.label}", choice.rule(table)] if plain else []
+    notes = [line for note in notes for line in textwrap.wrap(note, NOTE)]
     everything = "".join([*notes, *(row.label for row in table), "±+−"])
     font, small = font_for(everything, SIZE), font_for(everything, SMALL)
     labels = [_shortened(row.label, font) for row in table]

@@ -15,7 +15,7 @@ WORKFLOWS = REPO / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 NODES = (
     "SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject",
-    "SuDeExportSubject", "SuDeStore", "SuDeSweep", "SuDeGrid",
+    "SuDeExportSubject", "SuDeStore", "SuDeSweep", "SuDeGrid", "SuDeScore",
 )  # fmt: skip
 FRONTEND_ONLY = {"MarkdownNote"}
 

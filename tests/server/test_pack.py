@@ -15,7 +15,7 @@ from bench.comfy_server import PACK, ComfyServer, prepare_base
 REPO = Path(__file__).resolve().parents[2]
 NODES = {
     "SuDeFineTune", "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject",
-    "SuDeExportSubject", "SuDeStore", "SuDeSweep", "SuDeGrid",
+    "SuDeExportSubject", "SuDeStore", "SuDeSweep", "SuDeGrid", "SuDeScore",
 }  # fmt: skip
 
 

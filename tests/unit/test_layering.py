@@ -13,7 +13,7 @@ COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_path
 ABOVE = {"baselines", "bench", "finetune", "host", "nodes", "resume", "subject", "train", "watch"}
 WITHOUT_COMFYUI = (
     *METHOD, "data", "image_attention", "lowrank", "log", "train", "watch", "chart", "grid", "files", "store", "resume",
-    "subject", "baselines", "score_models", "scores",
+    "subject", "baselines", "score_models", "score_table", "scores",
 )  # fmt: skip
 
 
