@@ -3,7 +3,7 @@
     python -m bench.help_pictures [NODE or workflow ...]
 
 SuDe Fine-Tune is taken while it trains a LoRA of the mini world, SuDe Grid with what came of it, all others as they
-are. Needs the environment that dev.py sets up, and a Chromium.
+are; SuDe Score's table is drawn with the paper's numbers. Needs the environment that dev.py sets up, and a Chromium.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from bench.demo import CHECKPOINT
 from bench.miniworld.expand import expand
 from bench.pictures import SIDE, WORKFLOWS
 from bench.workflows import READY, frontend
+from comfy_sude.data import to_pil
+from comfy_sude.score_table import Row, choose, draw
 
 IMAGES = REPO / "web" / "docs" / "img"
 PLAIN = (
     "SuDeTrainingOptions", "SuDePrompt", "SuDeSaveSubject", "SuDeLoadSubject", "SuDeApplySubject", "SuDeExportSubject",
-    "SuDeStore", "SuDeSweep",
+    "SuDeStore", "SuDeSweep", "SuDeScore",
 )  # fmt: skip
 # Workflows whose thumbnails show the graph.
 GRAPHS = ("compare_baselines", "sweep_ws", "truncation_ablation", "sd15_full", "sd15_lowvram")
@@ -46,6 +48,11 @@ FAST = {
         "preview_every": 15, "preview_limit": 50,
     },
 }  # fmt: skip
+PAPER_METRICS = ("CLIP-I", "DINO-I", "CLIP-T", "BLIP-T")
+PAPER = {  # Source: paper, Table 1, DreamBooth on SD 1.4: 30 subjects x 5 prompts x 4 pictures
+    "DreamBooth": (77.4, 59.7, 29.0, 42.1),
+    "DreamBooth + SuDe": (77.4, 59.9, 29.5, 43.3),
+}
 TRAINING = {"SuDeFineTune": {"baseline.steps": 120, "baseline.learning_rate": 1e-3}}
 
 
@@ -103,6 +110,18 @@ def trained(page: Page) -> None:
     shoot(grid, IMAGES / "SuDeGrid.png")
 
 
+def table() -> None:
+    """The table of SuDe Score with the paper's own numbers, of which it gives no spread."""
+    rows = [
+        Row(label, 600, dict(zip(PAPER_METRICS, means, strict=True)), dict.fromkeys(PAPER_METRICS, 0.0))
+        for label, means in PAPER.items()
+    ]
+    choice = choose(rows, "BLIP-T", "DINO-I", 1.0, next(iter(PAPER)))
+    to_pil(draw(rows, choice)[0]).quantize(COLORS, dither=Image.Dither.NONE).save(
+        IMAGES / "SuDeScore-table.png", optimize=True
+    )
+
+
 def graph(page: Page, name: str) -> None:
     """A workflow's thumbnail: its graph."""
     page.evaluate(
@@ -140,6 +159,8 @@ def main() -> int:
         for name in wanted:
             if name in PLAIN:
                 alone(page, name)
+                if name == "SuDeScore":
+                    table()
             elif name in GRAPHS:
                 graph(page, name)
             elif name == "SuDeFineTune":

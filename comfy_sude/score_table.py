@@ -28,7 +28,7 @@ class Row:
         label: what they have in common.
         count: number of pictures.
         mean: metric -> mean in percent.
-        error: metric -> standard error of that mean; 0 for a single picture.
+        error: metric -> standard error of that mean; 0 for a single picture, and where it is not known.
     """
 
     label: str
@@ -133,7 +133,8 @@ def draw(table: Sequence[Row], choice: Choice | None = None) -> Tensor:
     """
     metrics = list(table[0].mean)
     plain = next((row for row in table if choice and row.label == choice.plain), None)
-    notes = ["percent, higher is better; ± is the standard error over a row's pictures"]
+    measured = any(row.error[metric] for row in table for metric in metrics)
+    notes = ["percent, higher is better" + ("; ± is the standard error over a row's pictures" if measured else "")]
     notes += [f"coloured: difference from {plain.label}", choice.rule(table)] if plain else []
     notes = [line for note in notes for line in textwrap.wrap(note, NOTE)]
     everything = "".join([*notes, *(row.label for row in table), "±+−"])
@@ -166,7 +167,7 @@ def draw(table: Sequence[Row], choice: Choice | None = None) -> Tensor:
             canvas.text((MARGIN, middle + 15), "best", fill=GOOD, font=small, anchor="lm")
         canvas.text((right[0], middle), str(row.count), fill=FAINT, font=small, anchor="rm")
         for x, metric in zip(right[1:], metrics, strict=True):
-            up = 9 if row.count > 1 or plain not in (None, row) else 0
+            up = 9 if row.error[metric] or plain not in (None, row) else 0
             canvas.text((x, middle - up), f"{row.mean[metric]:.1f}", fill=ink, font=font, anchor="rm")
             _below(canvas, (x, middle + 15), row, metric, None if row is plain else plain, small)
     for index, note in enumerate(notes):
@@ -178,7 +179,7 @@ def draw(table: Sequence[Row], choice: Choice | None = None) -> Tensor:
 def _below(canvas, place: tuple[int, int], row: Row, metric: str, plain: Row | None, font) -> None:
     """What stands small below a mean: its difference from the plain row, and its standard error."""
     x, y = place
-    if row.count > 1:
+    if row.error[metric]:
         error = f"±{row.error[metric]:.1f}"
         canvas.text((x, y), error, fill=FAINT, font=font, anchor="rm")
         x -= round(font.getlength(f"{error} "))
