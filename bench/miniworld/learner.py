@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from comfy_sude.baselines.base import Baseline, Networks, train_all
 from comfy_sude.baselines.dreambooth import DreamBooth
 from comfy_sude.data import Latents
 from comfy_sude.diffusion import NoiseProcess
+from comfy_sude.image_attention import Attend, Record
 from comfy_sude.recipe import Recipe
 from comfy_sude.train import Predictors, Trainer
 
@@ -248,7 +248,6 @@ class Learner:
             frozen=None if method.switches_off else self.frozen,
         )
         self.trainer = trainer(self.baseline, self.on, example, class_images if recipe.options.prior.active else None)
-        self.gates: list[float] = []
 
     @property
     def steps(self) -> int:
@@ -260,10 +259,10 @@ class Learner:
         while self.steps < steps:
             self.trainer.step()
 
-    def caption(self, attribute: str | None = None) -> str:
-        """The prompt for an attribute, in the words this method gives the subject."""
-        named = self.baseline.words(self.recipe)
-        return prompt(named, attribute)
+    @property
+    def named(self) -> str:
+        """The subject in the words this method's captions have for it."""
+        return self.baseline.words(self.recipe)
 
     def sample(self, captions: list[str], count: int, seed: int, steps: int, guidance: float) -> Tensor:
         """Pictures [len(captions) * count, 64, 64, 3]: of every caption as many, all captions from the same noise."""
@@ -303,8 +302,6 @@ class _Looking:
         self.learner, self.caption = learner, caption
 
     def __call__(self, x: Tensor, t: Tensor, captions: Tensor, index: Tensor) -> Tensor:
-        from comfy_sude.image_attention import Attend, Record
-
         baseline, net = self.learner.baseline, self.learner.net
         record = Record(baseline.places)
         reference = baseline.example.mean[:1, 0].expand(2, -1, -1, -1)
@@ -317,8 +314,3 @@ class _Looking:
 
         attend = Attend(baseline.blocks, rows(record.kept), rows(record.masks([at, at])))
         return net(x, t, captions[index], attend)
-
-
-def parameters(learner: Learner) -> Iterator[Tensor]:
-    """What trains."""
-    return (p for group in learner.trainer.optimizer.param_groups for p in group["params"])

@@ -17,12 +17,12 @@ from comfy_sude.train import Trainer
 from .identity import IdentityJudge, load_identity
 from .judge import Judge, load_judge
 from .learner import Learner, World
-from .world import ATTRIBUTES, Subject, random_subject
+from .world import ATTRIBUTES, PATTERNS, Subject, prompt, random_subject
 
 PICTURES = 2  # of every caption
 SAMPLING_STEPS, GUIDANCE, SEED = 10, 4.0, 4242
+UNSEEN = "tiny"  # of so small a subject the codec leaves too little to read identity off
 PROBES = 8  # noisy latents at which the drift of c and u is measured
-SHAPES = tuple(attribute for attribute in ATTRIBUTES)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Setting:
     prior: float = 1.0
     """Weight w_r; 0 trains without class images."""
     batch: int = 1
+    initializer: str = ""
+    """Word the new word starts from; empty is "phol" (Custom Diffusion) or the category (ViCo)."""
     hold: float = 0.0
     """Weight of an empty-prompt term on class images; not part of the pack."""
+    ask_category: bool = False
+    """Prompts name the category after the new word, also where the method's own captions do not."""
     evaluate_at: tuple[int, ...] = (50, 100, 200)
     tag: str = ""
 
@@ -65,9 +69,10 @@ def recipe(setting: Setting) -> Recipe:
     values = {"w_s": setting.w_s, "steps": max(setting.evaluate_at), "learning_rate": setting.learning_rate}
     if name == "Custom Diffusion":
         # the world knows neither "ktn" nor the prefixes' words
-        values |= {"initializer": "phol", "augmentation": "off", "scale_learning_rate": False}
+        values |= {"initializer": setting.initializer or "phol", "augmentation": "off", "scale_learning_rate": False}
     if name == "ViCo":
         values |= {"templates": "plain", "token_learning_rate": setting.token_learning_rate}
+        values |= {"initializer": setting.initializer}
     wanted = setting.prior > 0 and settings.TAKES_PRIOR
     prior = Prior(kind="class images" if wanted else "off", w_r=setting.prior)
     options = Options(
@@ -101,10 +106,14 @@ class Judges:
     identity: IdentityJudge = field(default_factory=load_identity)
 
 
-def judge(learner: Learner, judges: Judges, pictures: int = PICTURES) -> dict:
-    """Sample every attribute's prompt and the plain one; shares right and identity, in 0..1."""
+def judge(learner: Learner, judges: Judges, ask_category: bool = False, pictures: int = PICTURES) -> dict:
+    """Sample every attribute's prompt and the plain one; shares right and identity, in 0..1.
+
+    "attribute" is right or wrong whatever the category, "aligned" needs both; identity leaves out pictures of UNSEEN.
+    """
     category, subject = learner.recipe.category, learner.subject
-    captions = [learner.caption(), *(learner.caption(a) for a in ATTRIBUTES)]
+    named = f"{learner.recipe.baseline.identifier} {category}" if ask_category else learner.named
+    captions = [prompt(named, attribute) for attribute in (None, *ATTRIBUTES)]
     drawn = learner.sample(captions, pictures, SEED, SAMPLING_STEPS, GUIDANCE)
     verdict, reading = judges.shape.classify(drawn), judges.identity.read(drawn)
     labels = torch.arange(len(captions)).repeat_interleave(pictures)
@@ -113,6 +122,7 @@ def judge(learner: Learner, judges: Judges, pictures: int = PICTURES) -> dict:
     of_category, score = verdict.is_category(category).float(), reading.score(subject)
     body, second = reading.distances(subject)
     plain, asked = labels == 0, labels > 0
+    seen = asked & (labels != 1 + ATTRIBUTES.index(UNSEEN))
     by_attribute = [round(right[labels == i + 1].mean().item(), 3) for i in range(len(ATTRIBUTES))]
     found = {
         "attribute": right[asked].mean(),
@@ -120,19 +130,13 @@ def judge(learner: Learner, judges: Judges, pictures: int = PICTURES) -> dict:
         "aligned": (right * of_category)[asked].mean(),
         "category": of_category[asked].mean(),
         "category_plain": of_category[plain].mean(),
-        "identity": score[asked].mean(),
+        "identity": score[seen].mean(),
         "identity_plain": score[plain].mean(),
-        "body": body[asked].mean(),
-        "second": second[asked].mean(),
-        "pattern": reading.pattern[asked][:, _pattern(subject)].mean(),
+        "body": body[seen].mean(),
+        "second": second[seen].mean(),
+        "pattern": reading.pattern[seen][:, PATTERNS.index(subject.pattern)].mean(),
     }
     return {name: round(value.item(), 4) for name, value in found.items()} | {"by_attribute": by_attribute}
-
-
-def _pattern(subject: Subject) -> int:
-    from .world import PATTERNS
-
-    return PATTERNS.index(subject.pattern)
 
 
 class Drift:
@@ -180,7 +184,7 @@ def run(setting: Setting, world: World, judges: Judges, class_images: dict, pict
         spent += time.perf_counter() - began
         log = learner.trainer.log.values
         window = {name: float(np.mean(values[before:])) for name, values in log.items() if values}
-        row = {"step": step, "train_seconds": round(spent, 2), **judge(learner, judges, pictures)}
+        row = {"step": step, "train_seconds": round(spent, 2), **judge(learner, judges, setting.ask_category, pictures)}
         row |= {name: float(f"{value:.4g}") for name, value in window.items()}
         rows.append({**setting.key(), **row, "drift": drift.measure()})
         before = step
