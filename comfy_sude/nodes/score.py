@@ -10,7 +10,7 @@ from ..data import check_images
 from ..host.folders import score_folders
 from ..host.progress import Progress
 from ..host.scoring import scoring_models
-from ..score_models import Models
+from ..score_models import MissingModel, Models
 from ..score_table import ALL
 from ..scores import ALIGNMENT, FIDELITY, METRICS
 from ..subject import Subject
@@ -133,7 +133,10 @@ class SuDeScore(io.ComfyNode):
         named = for_each("labels", labels_of("labels", labels), counts) or [ALL] * len(pictures)
         rule = {name: first(choosing.get(name), default) for name, default in RULE.items()}
         check_rule(rule, list(dict.fromkeys(named)), wanted)
-        Models(score_folders()).check(wanted)
+        try:
+            Models(score_folders()).check(wanted)
+        except MissingModel as error:
+            raise ValueError(str(error)) from error  # ComfyUI shows the error's class, module and all
 
         with Progress(cls.hidden.unique_id) as report:
             with scoring_models(report) as models:

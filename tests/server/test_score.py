@@ -149,6 +149,7 @@ def test_a_missing_model_is_named_with_the_folder_it_belongs_into(client: ComfyC
         (models / "elsewhere").rename(models / DINO)
     place = server.base / "models" / "sude_scores" / DINO
     assert f"get {DINO} into {place}. Each needs" in error.message
+    assert error.details["exception_type"] == "ValueError", "what the page shows before the message"
 
 
 def test_a_score_can_be_stopped(client: ComfyClient, graph):
