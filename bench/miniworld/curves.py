@@ -84,8 +84,9 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
     def plain(self) -> dict:
-        """Plain values for JSON."""
-        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4), "n": self.n}
+        """Plain values for JSON; None for what has no value."""
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: None if np.isnan(x) else round(x, 4) for name, x in values.items()} | {"n": self.n}
 
 
 def estimate(units: Sequence[Unit], statistic: Callable[[Sequence[Unit]], float], count: int = RESAMPLES) -> Estimate:

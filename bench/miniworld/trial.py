@@ -14,14 +14,13 @@ from comfy_sude.baselines import REGISTRY
 from comfy_sude.recipe import Options, Prior, Recipe
 from comfy_sude.train import Trainer
 
-from .identity import IdentityJudge, load_identity
+from .identity import UNSEEN, IdentityJudge, load_identity
 from .judge import Judge, load_judge
 from .learner import Learner, World
 from .world import ATTRIBUTES, PATTERNS, Subject, prompt, random_subject
 
 PICTURES = 2  # of every caption
 SAMPLING_STEPS, GUIDANCE, SEED = 10, 4.0, 4242
-UNSEEN = "tiny"  # of so small a subject the codec leaves too little to read identity off
 PROBES = 8  # noisy latents at which the drift of c and u is measured
 
 

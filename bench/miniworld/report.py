@@ -1,0 +1,159 @@
+"""Results of the protocol: comparisons with intervals as JSON, curves as a picture, and a table in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from .curves import INTERVAL, RESAMPLES, Runs, at_equal, at_step, common, mean, resamples, runs
+from .protocol import FAMILIES, PLAIN, describe
+
+SCORES = ("aligned", "attribute", "category", "identity", "identity_plain", "gate")
+RIVALS = (PLAIN, "plain, lower rate", "plain, category in the caption", "plain, category in the prompt")
+COLOURS = ("#3a3f4b", "#d66b16", "#c4343a", "#2c805c", "#8a5cc2", "#7f8794", "#2563c9", "#0e8fa8")
+Everything = dict[str, dict[str, Runs]]
+
+
+def sort(rows: Iterable[dict]) -> Everything:
+    """Rows -> runs by family and variant, as far as there are any."""
+    by_tag: dict[str, list[dict]] = {}
+    for row in rows:
+        by_tag.setdefault(row["tag"], []).append(row)
+    found: Everything = {}
+    for family in FAMILIES:
+        for variant in family.variants:
+            of_variant = by_tag.get(f"{family.title}: {variant.name}")
+            if of_variant:
+                found.setdefault(family.title, {})[variant.name] = runs(of_variant)
+    return found
+
+
+def curve(variant: Runs) -> list[dict]:
+    """Means over all units at every step, with intervals for what is plotted."""
+    units, steps = sorted(variant), sorted(next(iter(variant.values())))
+    means = {score: mean(variant, units, score) for score in SCORES if score in variant[units[0]][steps[0]]}
+    draws = resamples(units)
+    tails = (100 - INTERVAL) / 2, (100 + INTERVAL) / 2
+    spread = {
+        score: np.percentile([mean(variant, chosen, score) for chosen in draws], tails, 0)
+        for score in ("aligned", "identity")
+    }
+    points = []
+    for i, step in enumerate(steps):
+        point = {"step": step} | {score: round(float(values[i]), 4) for score, values in means.items()}
+        for score, (low, high) in spread.items():
+            point |= {f"{score}_low": round(float(low[i]), 4), f"{score}_high": round(float(high[i]), 4)}
+        points.append(point)
+    return points
+
+
+def seconds(variant: Runs, rival: Runs) -> float | None:
+    """Ratio of the training times of both over the units they share, if they were trained for the same steps."""
+    last = [max(next(iter(v.values()))) for v in (variant, rival)]
+    if last[0] != last[1]:
+        return None
+    units = common(variant, rival)
+    return round(
+        float(np.median([variant[u][last[0]]["train_seconds"] / rival[u][last[0]]["train_seconds"] for u in units])), 3
+    )
+
+
+def compare(variants: dict[str, Runs], name: str) -> dict[str, dict]:
+    """One variant against each rival of its family."""
+    found = {}
+    for rival in RIVALS:
+        if rival == name or rival not in variants or not common(variants[name], variants[rival]):
+            continue
+        a, b = variants[name], variants[rival]
+        result = {
+            f"{score} at equal {against}": at_equal(a, b, score, against).plain()
+            for score in ("aligned", "attribute")
+            for against in ("identity", "identity_plain")
+        }
+        last = [max(next(iter(v.values()))) for v in (a, b)]
+        if last[0] == last[1]:
+            result |= {
+                f"{score} at step {last[0]}": at_step(a, b, last[0], score).plain() for score in ("aligned", "identity")
+            }
+            result["training time, ratio"] = seconds(a, b)
+        found[rival] = result
+    return found
+
+
+def results(rows: Iterable[dict]) -> dict:
+    """All that is published: the protocol, curves and comparisons, and how many units each variant has."""
+    everything = sort(rows)
+    families = {}
+    for title, variants in everything.items():
+        families[title] = {
+            "curves": {name: {"units": len(of), "points": curve(of)} for name, of in variants.items()},
+            "against": {name: compare(variants, name) for name in variants if name != PLAIN and PLAIN in variants},
+        }
+    return {"protocol": describe(), "interval": INTERVAL, "resamples": RESAMPLES, "families": families}
+
+
+def plot(found: dict, path: Path) -> Path:
+    """Alignment against identity, one panel a family, dots at the steps with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families = list(found["families"].items())
+    figure, panels = pyplot.subplots(2, 2, figsize=(15, 12), dpi=90)
+    for panel, (title, family) in zip(panels.flat, families, strict=False):
+        for (name, drawn), colour in zip(family["curves"].items(), COLOURS, strict=False):
+            points = drawn["points"]
+            x, y = ([p[score] for p in points] for score in ("identity", "aligned"))
+            bars = [
+                [[p[s] - p[f"{s}_low"] for p in points], [p[f"{s}_high"] - p[s] for p in points]]
+                for s in ("identity", "aligned")
+            ]
+            style = ":" if "category in" in name else "--" if name.startswith("plain,") else "-"
+            panel.errorbar(
+                x, y, bars[1], bars[0], style, color=colour, marker="o", ms=5, lw=2, elinewidth=0.6, label=name
+            )
+            panel.annotate(str(points[-1]["step"]), (x[-1], y[-1]), (4, 4), textcoords="offset points", color=colour)
+        units = max(drawn["units"] for drawn in family["curves"].values())
+        panel.set(
+            title=f"{title} ({units} trainings a curve)", xlabel="identity", ylabel="attribute and category right"
+        )
+        panel.set_ylim(-0.03, 1.03)
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=9)
+    for panel in panels.flat[len(families) :]:
+        panel.set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def text(found: dict) -> str:
+    """The comparisons as a Markdown table."""
+    lines = [
+        "| baseline | variant | against | aligned at equal identity | at equal plain identity | gate | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, family in found["families"].items():
+        for name, rivals in family["against"].items():
+            gates = [point.get("gate") or 0.0 for point in family["curves"][name]["points"]]
+            for rival, result in rivals.items():
+                first, second = (_words(result[f"aligned at equal {s}"]) for s in ("identity", "identity_plain"))
+                ratio = result.get("training time, ratio")
+                lines.append(
+                    f"| {title} | {name} | {rival} | {first} | {second} | {np.mean(gates):.2f} | "
+                    f"{'' if ratio is None else f'{ratio:.2f}'} |"
+                )
+    return "\n".join(lines)
+
+
+def _words(e: dict) -> str:
+    if e["value"] is None:
+        return "no common identity"
+    if e["low"] is None:
+        return f"{e['value']:+.3f} (no interval)"
+    return f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]"
