@@ -12,7 +12,7 @@ from PIL import Image
 
 from bench import score_models
 from bench.comfy_client import ComfyClient, Failure
-from bench.comfy_server import ComfyServer
+from bench.comfy_server import ComfyServer, link, prepare_base
 from comfy_sude.score_models import BLIP, DINO
 from comfy_sude.scores import METRICS, Models, evaluate
 
@@ -150,6 +150,32 @@ def test_a_missing_model_is_named_with_the_folder_it_belongs_into(client: ComfyC
     place = server.base / "models" / "sude_scores" / DINO
     assert f"get {DINO} into {place}. Each needs" in error.message
     assert error.details["exception_type"] == "ValueError", "what the page shows before the message"
+
+
+def test_models_are_found_in_the_folders_of_extra_model_paths(
+    server: ComfyServer, comfyui: Path, checkpoint, models: Path, tmp_path: Path
+):
+    name = checkpoint()
+    base = prepare_base(tmp_path / "base")
+    link(server.base / "models" / "checkpoints" / name, base / "models" / "checkpoints" / name)
+    listed = tmp_path / "extra.yaml"
+    listed.write_text(f"elsewhere:\n  base_path: {models.parent.as_posix()}\n  sude_scores: {models.name}\n")
+    extra = ("--extra-model-paths-config", str(listed))
+    with (
+        ComfyServer(base, comfyui=comfyui, log=tmp_path / "log", extra=extra) as own,
+        ComfyClient(own.address) as client,
+    ):
+        data = io.BytesIO()
+        Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(data, "PNG")
+        trained = workflow(client, name, client.upload_image("extra.png", data.getvalue()), LORA)
+        graph = {node: trained[node] for node in ("1", "2", "3")}
+        graph["10"] = client.node("SuDeTrainingOptions", {"resolution": 64, "prior": "off"})
+        links = {"images": ["2", 0], "example": ["2", 0], "subject": ["3", 2]}
+        graph["20"] = client.node("SuDeScore", {**links, "metrics": "DINO-I"})
+        graph["table"] = client.node("PreviewAny", {"source": ["20", 0]})
+        result = client.submit(graph)
+        assert result.error is None, result.error
+        assert result.outputs["table"]["text"][0].split() == ["pictures", "DINO-I", "all", "pictures", "1", "100.0"]
 
 
 def test_a_score_can_be_stopped(client: ComfyClient, graph):
