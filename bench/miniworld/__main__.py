@@ -1,4 +1,4 @@
-"""Command line: `python -m bench.miniworld expand OUT | build | judge`."""
+"""Command line: `python -m bench.miniworld expand OUT | build | judge | identity | protocol`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 from .expand import NARROW_FILE, expand
+
+RESULTS = Path(__file__).parents[1] / "results" / "miniworld"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,7 +30,27 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seeds", type=int, default=8)
     one.add_argument("--identifiers", nargs="*", default=[], help="also with these names, such as sks")
     one.add_argument("--out", type=Path, default=Path(__file__).parent, help="where results.json and grid.png go")
+    one = commands.add_parser("identity", help="train the identity judge and measure it")
+    one.add_argument("--minutes", type=float, default=8)
+    one = commands.add_parser("protocol", help="run what is missing of the benchmark, then write results and plot")
+    one.add_argument("--workers", type=int, help="processes of one thread each; all cores by default")
+    one.add_argument("--report", action="store_true", help="run nothing")
+    one.add_argument("--out", type=Path, default=RESULTS, help="folder of trials.jsonl, results.json and curves.png")
     return parser
+
+
+def _protocol(arguments: argparse.Namespace) -> None:
+    from .protocol import trials
+    from .report import write
+    from .trials import missing, run_all
+
+    file = arguments.out / "trials.jsonl"
+    if not arguments.report:
+        for _ in run_all(trials(), file, arguments.workers):
+            pass
+    print(write(arguments.out))
+    if left := len(missing(trials(), file)):
+        print(f"\n{left} trials of the protocol are missing.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,6 +63,12 @@ def main(argv: list[str] | None = None) -> None:
         from .build import build
 
         build(arguments.minutes, arguments.device, arguments.work, arguments.out)
+    elif arguments.command == "identity":
+        from .identity import make
+
+        make(60 * arguments.minutes)
+    elif arguments.command == "protocol":
+        _protocol(arguments)
     else:
         from .judge import load_judge
         from .measure import Painter, QuickPainter, as_text, measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,17 +10,18 @@ import numpy as np
 
 from .curves import INTERVAL, RESAMPLES, Runs, at_equal, at_step, common, mean, resamples, runs
 from .protocol import FAMILIES, PLAIN, describe
+from .trials import rows
 
-SCORES = ("aligned", "attribute", "category", "identity", "identity_plain", "gate")
+SCORES = ("aligned", "attribute", "category_right", "identity", "identity_plain", "gate")
 RIVALS = (PLAIN, "plain, lower rate", "plain, category in the caption", "plain, category in the prompt")
 COLOURS = ("#3a3f4b", "#d66b16", "#c4343a", "#2c805c", "#8a5cc2", "#7f8794", "#2563c9", "#0e8fa8")
 Everything = dict[str, dict[str, Runs]]
 
 
-def sort(rows: Iterable[dict]) -> Everything:
-    """Rows -> runs by family and variant, as far as there are any."""
+def sort(judgements: Iterable[dict]) -> Everything:
+    """Rows of trials -> runs by family and variant, as far as there are any."""
     by_tag: dict[str, list[dict]] = {}
-    for row in rows:
+    for row in judgements:
         by_tag.setdefault(row["tag"], []).append(row)
     found: Everything = {}
     for family in FAMILIES:
@@ -56,7 +58,12 @@ def seconds(variant: Runs, rival: Runs) -> float | None:
         return None
     units = common(variant, rival)
     return round(
-        float(np.median([variant[u][last[0]]["train_seconds"] / rival[u][last[0]]["train_seconds"] for u in units])), 3
+        float(
+            np.median(
+                [variant[u][last[0]]["train_cpu_seconds"] / rival[u][last[0]]["train_cpu_seconds"] for u in units]
+            )
+        ),
+        3,
     )
 
 
@@ -77,14 +84,14 @@ def compare(variants: dict[str, Runs], name: str) -> dict[str, dict]:
             result |= {
                 f"{score} at step {last[0]}": at_step(a, b, last[0], score).plain() for score in ("aligned", "identity")
             }
-            result["training time, ratio"] = seconds(a, b)
+            result["training cost, ratio"] = seconds(a, b)
         found[rival] = result
     return found
 
 
-def results(rows: Iterable[dict]) -> dict:
+def results(judgements: Iterable[dict]) -> dict:
     """All that is published: the protocol, curves and comparisons, and how many units each variant has."""
-    everything = sort(rows)
+    everything = sort(judgements)
     families = {}
     for title, variants in everything.items():
         families[title] = {
@@ -143,12 +150,21 @@ def text(found: dict) -> str:
             gates = [point.get("gate") or 0.0 for point in family["curves"][name]["points"]]
             for rival, result in rivals.items():
                 first, second = (_words(result[f"aligned at equal {s}"]) for s in ("identity", "identity_plain"))
-                ratio = result.get("training time, ratio")
+                ratio = result.get("training cost, ratio")
                 lines.append(
                     f"| {title} | {name} | {rival} | {first} | {second} | {np.mean(gates):.2f} | "
                     f"{'' if ratio is None else f'{ratio:.2f}'} |"
                 )
     return "\n".join(lines)
+
+
+def write(folder: Path) -> str:
+    """trials.jsonl of a folder -> results.json, results.md and curves.png beside it; the table as text."""
+    found = results(rows(folder / "trials.jsonl"))
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(text(found) + "\n", encoding="utf-8")
+    plot(found, folder / "curves.png")
+    return text(found)
 
 
 def _words(e: dict) -> str:

@@ -127,8 +127,8 @@ def judge(learner: Learner, judges: Judges, ask_category: bool = False, pictures
         "attribute": right[asked].mean(),
         "attribute_probability": chance[asked].mean(),
         "aligned": (right * of_category)[asked].mean(),
-        "category": of_category[asked].mean(),
-        "category_plain": of_category[plain].mean(),
+        "category_right": of_category[asked].mean(),
+        "category_right_plain": of_category[plain].mean(),
         "identity": score[seen].mean(),
         "identity_plain": score[plain].mean(),
         "body": body[seen].mean(),
@@ -178,12 +178,16 @@ def run(setting: Setting, world: World, judges: Judges, class_images: dict, pict
     learner = Learner(world, wanted, subject, class_images.get(setting.category), trainer)
     drift, rows, spent, before = Drift(learner), [], 0.0, 0
     for step in setting.evaluate_at:
-        began = time.perf_counter()
+        began = time.process_time()
         learner.train_to(step)
-        spent += time.perf_counter() - began
+        spent += time.process_time() - began
         log = learner.trainer.log.values
         window = {name: float(np.mean(values[before:])) for name, values in log.items() if values}
-        row = {"step": step, "train_seconds": round(spent, 2), **judge(learner, judges, setting.ask_category, pictures)}
+        row = {
+            "step": step,
+            "train_cpu_seconds": round(spent, 2),
+            **judge(learner, judges, setting.ask_category, pictures),
+        }
         row |= {name: float(f"{value:.4g}") for name, value in window.items()}
         rows.append({**setting.key(), **row, "drift": drift.measure()})
         before = step
