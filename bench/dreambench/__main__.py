@@ -116,17 +116,17 @@ def report(plan: Plan, what: str) -> None:
     if not records:
         raise BenchError(f"{plan.results.path} has no finished cell of this run.")
     rows = table.rows(records, [one for one in plan.multipliers if one], len(plan.seeds))
+    title = f"DreamBench, {smoke.WARNING}" if smoke.BACKBONE in plan.backbones else "DreamBench"
     if what != "plots":
-        smoke_run = smoke.BACKBONE in plan.backbones
-        notes = ["Random scoring models and trainings of two steps: these numbers mean nothing."] if smoke_run else []
-        notes.append(f"{len(records)} of {len(plan.jobs())} cells, training seeds {', '.join(map(str, plan.seeds))}.")
-        text = table.as_text(rows, "DreamBench, smoke run" if smoke_run else "DreamBench", notes)
+        seeds = ", ".join(map(str, plan.seeds))
+        notes = [f"{len(records)} of {len(plan.jobs())} cells; training seeds {seeds}."]
+        text = table.as_text(rows, title, notes)
         (plan.output / "table.md").write_text(text, encoding="utf-8")
         told = json.dumps(table.as_values(rows, runner.about(plan)), indent=1)
         (plan.output / "table.json").write_text(told + "\n", encoding="utf-8")
         print(text)
     if what != "table":
-        for path in plots.write(plan.output, rows, table.points(records, len(plan.seeds))):
+        for path in plots.write(plan.output, title, rows, table.points(records, len(plan.seeds))):
             print(path)
 
 

@@ -9,6 +9,7 @@ from comfy_sude.scores import METRICS
 
 from .table import ATTRIBUTE, FIDELITY, PLAIN, SUDE, Row, load_paper
 
+ENOUGH = 10  # subjects; intervals over fewer are drawn without a verdict
 GROUND, INK, FAINT, GRID = (252, 252, 250), (38, 42, 51), (112, 117, 128), (226, 224, 218)
 COLORS = ((37, 99, 201), (214, 107, 22), (44, 128, 92), (150, 60, 160))
 UP, DOWN = (44, 128, 92), (196, 52, 58)
@@ -63,21 +64,23 @@ class Axis:
         return [self.low + (self.high - self.low) * (index + 0.5) / count for index in range(count)]
 
 
-def write(folder: Path, rows: Sequence[Row], points: Points) -> list[Path]:
+def write(folder: Path, title: str, rows: Sequence[Row], points: Points) -> list[Path]:
     """Both plots as PNG files; those there is nothing for are left out."""
     made = []
     if any(FIDELITY in one and ATTRIBUTE in one for curve in points.values() for one in curve.values()):
-        made.append(curves(points).save(folder / "attribute_fidelity.png"))
+        made.append(curves(title, points).save(folder / "attribute_fidelity.png"))
     if any(row.difference for row in rows):
-        made.append(differences([row for row in rows if row.difference]).save(folder / "differences.png"))
+        shown = [row for row in rows if row.difference]
+        made.append(differences(title, shown).save(folder / "differences.png"))
     return made
 
 
-def curves(points: Points) -> Sheet:
+def curves(title: str, points: Points) -> Sheet:
     """A panel a backbone: fidelity across, attribute alignment up, a curve over w_s for each baseline."""
     backbones = list(dict.fromkeys(backbone for backbone, _ in points))
     baselines = list(dict.fromkeys(baseline for _, baseline in points))
     sheet = Sheet(MARGIN + (PANEL + MARGIN) * len(backbones), PANEL + 2 * MARGIN + 24 * (len(baselines) + 1))
+    sheet.text(MARGIN, 8, title, FAINT, 12)
     for index, backbone in enumerate(backbones):
         left = MARGIN + (PANEL + MARGIN) * index
         _panel(sheet, (left, MARGIN, left + PANEL, MARGIN + PANEL), backbone, points, baselines)
@@ -120,12 +123,13 @@ def _panel(sheet: Sheet, box: Box, backbone: str, points: Points, baselines: Seq
             sheet.text(x(fidelity) + 8, y(attribute) - 8, label, color, 12, "lm")
 
 
-def differences(rows: Sequence[Row]) -> Sheet:
+def differences(title: str, rows: Sequence[Row]) -> Sheet:
     """A line a method and a panel a metric: the difference from plain with its interval, the paper's beside it."""
     paper = load_paper()
     metrics = [metric for metric in METRICS if all(metric in row.difference for row in rows)]
     side, wide, high = 330, 180, 30
     sheet = Sheet(side + (wide + 20) * len(metrics) + 20, 70 + high * len(rows) + 60)
+    sheet.text(20, 8, title, FAINT, 12)
     for index, row in enumerate(rows):
         name = f"{row.backbone} {row.baseline}, {row.method}"
         sheet.text(side - 14, 70 + high * (index + 0.5), name, INK, 12, "rm")
@@ -142,13 +146,16 @@ def differences(rows: Sequence[Row]) -> Sheet:
         sheet.line(x(0), 50, x(0), 70 + high * len(rows), FAINT, 1)
         for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
             y, found = 70 + high * (index + 0.5), row.difference[metric]
-            color = UP if found.low > 0 else DOWN if found.high < 0 else FAINT
+            clear = len(row.subjects) >= ENOUGH and not found.low <= 0 <= found.high
+            color = FAINT if not clear else UP if found.value > 0 else DOWN
             sheet.line(x(found.low), y, x(found.high), y, color, 2)
             sheet.dot(x(found.value), y, 4, color)
             if gap is not None:
                 sheet.dot(x(gap), y, 5, INK, hollow=True)
-        for value in (x.ticks(3)[0], 0.0, x.ticks(3)[-1]):
+        apart = [value for value in x.ticks(4) if abs(x(value) - x(0)) > 36]
+        for value in (0.0, *apart[:1], *(apart[-1:] if len(apart) > 1 else ())):
             sheet.text(x(value), 76 + high * len(rows), f"{value:+.1f}" if value else "0", FAINT, 11, "ma")
-    note = "points above plain; lines: 95 % bootstrap over subjects, coloured where 0 is outside; hollow: the paper's"
+    note = "points above plain; lines: 95 % bootstrap over subjects, coloured where 0 is outside and there are at least"
+    note += f" {ENOUGH} subjects; hollow: the paper's"
     sheet.text(20, sheet.size[1] - 16, note, FAINT, 12, "lm")
     return sheet

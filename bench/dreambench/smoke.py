@@ -19,6 +19,7 @@ from .runner import Plan
 from .subjects import FIRST, Subject, load
 
 BACKBONE = "miniworld"
+WARNING = "smoke run: random scoring models and trainings of two steps, the numbers mean nothing"
 DRAWN = ("spike", "polly")  # of the mini world's subjects
 PHOTOGRAPHED = ("dog", "teapot")  # DreamBench's subjects of categories that it knows
 PROMPTS = ("photo of a running {S*}", "photo of a {S*} in the snow")
