@@ -228,7 +228,7 @@ def read_texts(prompts: list[str], subjects, needed: bool) -> list[str]:
 
 
 def check_rule(rule: dict, labels: list[str], metrics: list[str]) -> None:
-    """Raises ValueError if the best of several labels could not be told."""
+    """Empty a `plain_label` that nobody chose and no label has. Raises ValueError if the best could not be told."""
     for name, known in (("alignment", ALIGNMENT), ("fidelity", FIDELITY)):
         if rule[name] not in known:
             raise ValueError(f"{name} is {rule[name]!r}, but it must be one of: {', '.join(known)}.")
@@ -236,7 +236,10 @@ def check_rule(rule: dict, labels: list[str], metrics: list[str]) -> None:
             raise ValueError(f"{name} is {rule[name]}, which metrics does not name: add it there, or choose another.")
     if not 0 <= rule["fidelity_within"] <= 100:
         raise ValueError(f"fidelity_within is {rule['fidelity_within']}, but it must be a number from 0 to 100.")
-    plain = rule["plain_label"] = captions.normalize(rule["plain_label"])
+    plain = captions.normalize(rule["plain_label"])
+    if plain == PLAIN and plain not in labels:  # the default, behind a sweep without a multiplier of 0
+        plain = ""
+    rule["plain_label"] = plain
     if len(labels) > 1 and plain and plain not in labels:
         raise ValueError(
             f"plain_label is {plain!r}, but labels has {', '.join(labels)}: add 0 to the multipliers of SuDe Sweep, "

@@ -124,6 +124,15 @@ def test_a_single_batch_needs_no_labels_and_image_metrics_no_prompts(client: Com
     assert document["choice"] is None and result.outputs["best"]["text"] == ["all pictures"]
 
 
+def test_a_sweep_without_plain_training_is_compared_with_its_most_faithful_label(client: ComfyClient, graph):
+    graph["20"]["inputs"].update(labels="one\none\ntwo\ntwo")  # plain_label stays as it is
+    result = client.submit(graph)
+    assert result.error is None, result.error
+    document = json.loads(result.outputs["json"]["text"][0])
+    faithful = max(document["rows"], key=lambda row: row["mean"]["DINO-I"])["label"]
+    assert result.outputs["table"]["text"][0].splitlines()[-1].endswith(f"({faithful} less 1)")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
