@@ -6,7 +6,6 @@ says, at the steps given here, and compared at equal identity (`curves.at_equal`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -108,4 +107,4 @@ def smaller(families: dict[str, tuple[str, ...]], subjects: int, seeds: int) -> 
             for variant in family.variants:
                 if variant.name in families.get(family.title, ()):
                     for subject in SUBJECTS[:subjects]:
-                        yield dataclasses.replace(setting(family, variant, subject, seed))
+                        yield setting(family, variant, subject, seed)
