@@ -190,6 +190,8 @@ class World:
     unet: UNet
     codec: Codec
     rows: Tensor
+    pretrained: Net
+    """A copy of `unet` that predicts; a `Net` hooks into its network for good, so every world has one."""
 
     @classmethod
     def load(cls, path=NARROW_FILE) -> World:
@@ -199,7 +201,7 @@ class World:
         for module, kind in ((net, "unet."), (codec, "vae.")):
             module.load_state_dict({n.removeprefix(kind): w.float() for n, w in narrow.items() if n.startswith(kind)})
             module.eval().requires_grad_(False)
-        return cls(net, codec, narrow["rows"].float())
+        return cls(net, codec, narrow["rows"].float(), Net(copy.deepcopy(net)))
 
     def encode(self, pictures: Tensor) -> Latents:
         """uint8 [N, 64, 64, 3] -> posteriors (this codec has none: latents), as they are and mirrored."""
@@ -236,7 +238,7 @@ class Learner:
         method = METHODS[recipe.method]
         recipe = dataclasses.replace(recipe, options=dataclasses.replace(recipe.options, precision="bf16")).checked()
         self.world, self.recipe, self.subject = world, recipe, subject
-        self.net, self.frozen = Net(copy.deepcopy(world.unet)), Net(world.unet)
+        self.net, self.frozen = Net(copy.deepcopy(world.unet)), world.pretrained
         self.words = Words(TextModel(world.rows))
         self.baseline = method(recipe, Networks(self.net.unet, self.words.model, self.words))
         example = world.encode(torch.from_numpy(render(recipe.category, None, subject).copy())[None])

@@ -13,7 +13,7 @@ from .protocol import FAMILIES, PLAIN, describe
 from .trials import rows
 
 SCORES = ("aligned", "attribute", "category_right", "identity", "identity_plain", "gate")
-RIVALS = (PLAIN, "plain, lower rate", "plain, category in the caption", "plain, category in the prompt")
+OPEN, PRETRAINED = ", no truncation", "pretrained references"
 COLOURS = ("#3a3f4b", "#d66b16", "#c4343a", "#2c805c", "#8a5cc2", "#7f8794", "#2563c9", "#0e8fa8")
 Everything = dict[str, dict[str, Runs]]
 
@@ -51,41 +51,45 @@ def curve(variant: Runs) -> list[dict]:
     return points
 
 
-def seconds(variant: Runs, rival: Runs) -> float | None:
-    """Ratio of the training times of both over the units they share, if they were trained for the same steps."""
+def cost(variant: Runs, rival: Runs) -> float | None:
+    """Median ratio of the CPU seconds of both trainings over the units they share."""
     last = [max(next(iter(v.values()))) for v in (variant, rival)]
-    if last[0] != last[1]:
-        return None
     units = common(variant, rival)
-    return round(
-        float(
-            np.median(
-                [variant[u][last[0]]["train_cpu_seconds"] / rival[u][last[0]]["train_cpu_seconds"] for u in units]
-            )
-        ),
-        3,
-    )
+    spent = [
+        [v[unit][step]["train_cpu_seconds"] for unit in units] for v, step in zip((variant, rival), last, strict=True)
+    ]
+    return round(float(np.median(np.array(spent[0]) / np.array(spent[1]))), 3)
 
 
-def compare(variants: dict[str, Runs], name: str) -> dict[str, dict]:
-    """One variant against each rival of its family."""
-    found = {}
-    for rival in RIVALS:
-        if rival == name or rival not in variants or not common(variants[name], variants[rival]):
-            continue
-        a, b = variants[name], variants[rival]
-        result = {
-            f"{score} at equal {against}": at_equal(a, b, score, against).plain()
-            for score in ("aligned", "attribute")
-            for against in ("identity", "identity_plain")
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """What is compared with what, of a family's variants that are there.
+
+    SuDe with everything that is not SuDe, that with plain training, and of SuDe: with the truncation against without,
+    pretrained references against current ones.
+    """
+    sude = [name for name in names if name.startswith("SuDe")]
+    others = [name for name in names if name not in sude]
+    found = [(name, rival) for name in sude for rival in others]
+    found += [(name, PLAIN) for name in others if name != PLAIN and PLAIN in others]
+    found += [(name, name + OPEN) for name in sude if name + OPEN in sude]
+    current = [name for name in sude if OPEN not in name and PRETRAINED not in name]
+    return found + [(name, other) for name in sude if PRETRAINED in name for other in current]
+
+
+def compare(a: Runs, b: Runs) -> dict:
+    """One variant less another: at equal identity and, where both end at the same step, there."""
+    found = {
+        f"{score} at equal {against}": at_equal(a, b, score, against).plain()
+        for score in ("aligned", "attribute")
+        for against in ("identity", "identity_plain")
+    }
+    last = [max(next(iter(variant.values()))) for variant in (a, b)]
+    if last[0] == last[1]:
+        found["last step"] = last[0]
+        found |= {
+            f"{score} at the last step": at_step(a, b, last[0], score).plain() for score in ("aligned", "identity")
         }
-        last = [max(next(iter(v.values()))) for v in (a, b)]
-        if last[0] == last[1]:
-            result |= {
-                f"{score} at step {last[0]}": at_step(a, b, last[0], score).plain() for score in ("aligned", "identity")
-            }
-            result["training cost, ratio"] = seconds(a, b)
-        found[rival] = result
+        found["training cost, ratio"] = cost(a, b)
     return found
 
 
@@ -96,7 +100,11 @@ def results(judgements: Iterable[dict]) -> dict:
     for title, variants in everything.items():
         families[title] = {
             "curves": {name: {"units": len(of), "points": curve(of)} for name, of in variants.items()},
-            "against": {name: compare(variants, name) for name in variants if name != PLAIN and PLAIN in variants},
+            "comparisons": [
+                {"variant": a, "against": b, **compare(variants[a], variants[b])}
+                for a, b in pairs(variants)
+                if common(variants[a], variants[b])
+            ],
         }
     return {"protocol": describe(), "interval": INTERVAL, "resamples": RESAMPLES, "families": families}
 
@@ -142,19 +150,17 @@ def plot(found: dict, path: Path) -> Path:
 def text(found: dict) -> str:
     """The comparisons as a Markdown table."""
     lines = [
-        "| baseline | variant | against | aligned at equal identity | at equal plain identity | gate | time |",
-        "|---|---|---|---|---|---|---|",
+        "| baseline | variant | less | aligned at equal identity | at equal plain identity | at the last step | "
+        "identity there | cost |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for title, family in found["families"].items():
-        for name, rivals in family["against"].items():
-            gates = [point.get("gate") or 0.0 for point in family["curves"][name]["points"]]
-            for rival, result in rivals.items():
-                first, second = (_words(result[f"aligned at equal {s}"]) for s in ("identity", "identity_plain"))
-                ratio = result.get("training cost, ratio")
-                lines.append(
-                    f"| {title} | {name} | {rival} | {first} | {second} | {np.mean(gates):.2f} | "
-                    f"{'' if ratio is None else f'{ratio:.2f}'} |"
-                )
+        for row in family["comparisons"]:
+            kinds = ("equal identity", "equal identity_plain", "the last step")
+            cells = [title, row["variant"], row["against"], *(_words(row.get(f"aligned at {kind}")) for kind in kinds)]
+            ratio = row.get("training cost, ratio")
+            cells += [_words(row.get("identity at the last step")), "" if ratio is None else f"{ratio:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -167,7 +173,9 @@ def write(folder: Path) -> str:
     return text(found)
 
 
-def _words(e: dict) -> str:
+def _words(e: dict | None) -> str:
+    if e is None:
+        return ""
     if e["value"] is None:
         return "no common identity"
     if e["low"] is None:

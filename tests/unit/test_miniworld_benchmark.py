@@ -181,6 +181,17 @@ def test_the_protocol_uses_no_individual_and_no_seed_of_the_exploration():
     assert not {s["seed"] for s in explored} & set(SEEDS)
 
 
+def test_what_is_compared_with_what():
+    names = [PLAIN, "SuDe 2", "SuDe 2, no truncation", "SuDe 6, pretrained references"]
+    assert report.pairs(names) == [
+        ("SuDe 2", PLAIN),
+        ("SuDe 2, no truncation", PLAIN),
+        ("SuDe 6, pretrained references", PLAIN),
+        ("SuDe 2", "SuDe 2, no truncation"),
+        ("SuDe 6, pretrained references", "SuDe 2"),
+    ]
+
+
 def test_a_report_has_curves_comparisons_and_a_picture(tmp_path: Path):
     found = []
     for name, speed, lift in ((PLAIN, 1.0, 0.0), ("SuDe 2", 1.0, 0.1), ("plain, lower rate", 0.8, 0.1)):
@@ -188,9 +199,11 @@ def test_a_report_has_curves_comparisons_and_a_picture(tmp_path: Path):
             more = {"attribute": row["aligned"], "identity_plain": row["identity"], "category_right": 1.0, "gate": 0.5}
             found.append(row | more | {"tag": f"Custom Diffusion: {name}", "train_cpu_seconds": row["step"] / speed})
     results = report.results(found)
-    against = results["families"]["Custom Diffusion"]["against"]["SuDe 2"]
-    assert against[PLAIN]["aligned at equal identity"]["value"] == pytest.approx(0.1)
-    assert against["plain, lower rate"]["aligned at equal identity"]["value"] == pytest.approx(0.0)
+    compared = {(row["variant"], row["against"]): row for row in results["families"]["Custom Diffusion"]["comparisons"]}
+    assert set(compared) == {("SuDe 2", PLAIN), ("SuDe 2", "plain, lower rate"), ("plain, lower rate", PLAIN)}
+    assert compared["SuDe 2", PLAIN]["aligned at equal identity"]["value"] == pytest.approx(0.1)
+    assert compared["SuDe 2", "plain, lower rate"]["aligned at equal identity"]["value"] == pytest.approx(0.0)
+    assert compared["plain, lower rate", PLAIN]["training cost, ratio"] == pytest.approx(1.25)
     assert "+0.100" in report.text(results)
     picture = report.plot(results, tmp_path / "curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
