@@ -1,4 +1,4 @@
-"""Command line: `python -m bench.miniworld expand OUT | build | judge | identity | protocol`."""
+"""Command line: `python -m bench.miniworld expand OUT | build | judge | identity | protocol | gallery`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path(__file__).parent, help="where results.json and grid.png go")
     one = commands.add_parser("identity", help="train the identity judge and measure it")
     one.add_argument("--minutes", type=float, default=8)
+    one = commands.add_parser("gallery", help="draw what some of the protocol's trainings draw")
+    one.add_argument("--out", type=Path, default=RESULTS / "samples.png")
     one = commands.add_parser("protocol", help="run what is missing of the benchmark, then write results and plot")
     one.add_argument("--workers", type=int, help="processes of one thread each; all cores by default")
     one.add_argument("--report", action="store_true", help="run nothing")
@@ -67,6 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         from .identity import make
 
         make(60 * arguments.minutes)
+    elif arguments.command == "gallery":
+        from .gallery import draw
+
+        print(draw(arguments.out))
     elif arguments.command == "protocol":
         _protocol(arguments)
     else:
