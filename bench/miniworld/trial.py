@@ -189,6 +189,6 @@ def run(setting: Setting, world: World, judges: Judges, class_images: dict, pict
             **judge(learner, judges, setting.ask_category, pictures),
         }
         row |= {name: float(f"{value:.4g}") for name, value in window.items()}
-        rows.append({**setting.key(), **row, "drift": drift.measure()})
+        rows.append(row | {"drift": drift.measure()})
         before = step
     return rows

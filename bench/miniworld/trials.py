@@ -27,8 +27,8 @@ def load(path: Path) -> list[dict]:
 
 
 def rows(path: Path) -> list[dict]:
-    """Every judgement of every trial of a file."""
-    return [row for trial in load(path) for row in trial["rows"]]
+    """Every judgement of every trial of a file, with what was trained."""
+    return [trial["setting"] | row for trial in load(path) for row in trial["rows"]]
 
 
 def name(setting: dict) -> str:
