@@ -22,11 +22,13 @@ def machines() -> Iterator[object]:
     """A head without processors, and three machines of one processor each."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(3):
-        made.add_node(num_cpus=1)
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # workers would starve beside other tests
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(3):
+            made.add_node(num_cpus=1)
+        yield made
+        made.shutdown()
 
 
 def mark(number: int, folder: str) -> int:
