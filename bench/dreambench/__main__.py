@@ -7,6 +7,7 @@ table | plots                                           only those, from the res
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baselines", help=f"some of: {', '.join(BASELINES)}")
     parser.add_argument("--seeds", default="0", help="of the trainings, separated by commas")
     parser.add_argument("--references", default="all", choices=("all", "first"), help="pictures to compare with")
-    parser.add_argument("--port", type=int, help="of the ComfyUI server (a free one if not given)")
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="fan the cells out over this Ray cluster (auto: the local one)"
     )
@@ -57,7 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def choose(options: argparse.Namespace) -> Plan:
     """The plan that the command line asks for; BenchError for what it gets wrong."""
     baselines = names(options.baselines, BASELINES, "--baselines")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", options.seeds):
+        raise BenchError(f"--seeds is {options.seeds!r}, but it must be whole numbers separated by commas: 0,1,2.")
+    seeds = list(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))
     output = options.output or WORK / ("dreambench-smoke" if options.smoke else "dreambench")
     if options.smoke:
         return smoke.plan(output, options.data, baselines=baselines, seeds=seeds)
@@ -95,7 +97,7 @@ def attempts(plan: Plan, options: argparse.Namespace) -> Iterator[tuple[Job, Out
     """The open cells, here or over the cluster."""
     if options.ray:
         return runner.over_cluster(plan, options.ray, cluster.read_resources(options.cell_resources), options.attempts)
-    return runner.here(plan, WORK / "dreambench-base", options.port)
+    return runner.here(plan, WORK / "dreambench-base")
 
 
 def check(plan: Plan, options: argparse.Namespace) -> None:

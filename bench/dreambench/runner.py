@@ -113,9 +113,9 @@ def told(outcome: Outcome) -> str:
     return f"{record['seconds']:.0f} s, " + ", ".join(f"{metric} {value:.1f}" for metric, value in flat.items())
 
 
-def here(plan: Plan, base: Path, port: int | None = None) -> Iterator[tuple[Job, Outcome]]:
+def here(plan: Plan, base: Path) -> Iterator[tuple[Job, Outcome]]:
     """Every open cell, one after the other on this machine, each once: what fails is tried again by the next run."""
-    with Studio(base, plan.models, port) as studio:
+    with Studio(base, plan.models) as studio:
         for job in plan.open().values():
             yield job, studio.perform(job, plan.pictures_of(job.subject))
 

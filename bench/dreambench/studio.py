@@ -78,11 +78,10 @@ class Studio:
     Args:
         base: base directory of the ComfyUI, of no other; trainings and class images are kept in it.
         models: where the scoring models lie.
-        port: of the ComfyUI; a free one if not given.
     """
 
-    def __init__(self, base: Path, models: Path | str, port: int | None = None):
-        self.base, self.port = prepare_base(base), port
+    def __init__(self, base: Path, models: Path | str):
+        self.base = prepare_base(base)
         self.models = Models([models], device(Path(sys.executable)))
         self.server: BoundServer | None = None
 
@@ -100,7 +99,7 @@ class Studio:
             self.server.stop()
             self.server = None
         if self.server is None:
-            server = BoundServer(self.base, port=self.port, log=self.base / "server.log")
+            server = BoundServer(self.base, log=self.base / "server.log")
             self.server = server.__enter__()
         return self.server.address
 
@@ -167,6 +166,8 @@ class Studio:
             self.models,
             job.protocol.metrics,
         )
+        if self.models.device.type != "cpu":  # the next training needs the memory
+            self.models.free()
         return {
             metric: [[round(value, 4) for value in values[at : at + count]] for at in range(0, len(values), count)]
             for metric, values in found.items()
