@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import claims
 from bench.miniworld import curves, report, text, trials
 from bench.miniworld.identity import UNSEEN, load_identity
 from bench.miniworld.learner import METHODS, Learner, TextModel, Words, World
@@ -220,3 +221,23 @@ def test_the_published_results_are_those_of_the_published_trials():
                 assert [p[score] for p in drawn["points"]] == pytest.approx(
                     curves.mean(variant, sorted(variant), score).tolist(), abs=1e-4
                 )
+
+
+def test_the_claims_hold_on_the_published_trials_and_fail_where_an_effect_is_gone(tmp_path: Path, capsys):
+    kept = tmp_path / "trials.jsonl"
+    published = trials.load(RESULTS / "trials.jsonl")
+    kept.write_text("".join(json.dumps(trial) + "\n" for trial in published))
+    assert claims.main(["--keep", str(kept)]) == 0
+    assert capsys.readouterr().out.count("holds") == len(claims.CLAIMS)
+
+    def unit(trial: dict, variant: str) -> tuple | None:
+        family, _, name = trial["setting"]["tag"].partition(": ")
+        return (trial["setting"]["category"], trial["setting"]["seed"]) if (family, name) == variant else None
+
+    plain = {unit(trial, (claims.BARE, PLAIN)): trial["rows"] for trial in published}
+    for trial in published:  # SuDe that does nothing
+        if unit(trial, (claims.BARE, claims.SUDE)):
+            trial["rows"] = [row | trial["setting"] for row in plain[unit(trial, (claims.BARE, claims.SUDE))]]
+    kept.write_text("".join(json.dumps(trial) + "\n" for trial in published))
+    assert claims.main(["--keep", str(kept)]) == 1
+    assert capsys.readouterr().out.count("GONE") == 1
