@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .curves import INTERVAL, RESAMPLES, Runs, at_equal, at_step, common, mean, resamples, runs
+from .identity import IDENTITY_FILE
 from .protocol import FAMILIES, PLAIN, describe
 from .trials import rows
 
@@ -109,6 +110,12 @@ def results(judgements: Iterable[dict]) -> dict:
     return {"protocol": describe(), "interval": INTERVAL, "resamples": RESAMPLES, "families": families}
 
 
+def floor_and_ceiling() -> tuple[float, float]:
+    """Identity of pictures of a random other individual and of the subject itself, both after the codec."""
+    measured = json.loads(IDENTITY_FILE.with_suffix(".json").read_text(encoding="utf-8"))["scores of reconstructions"]
+    return measured["other"]["score"], measured["own"]["score"]
+
+
 def plot(found: dict, path: Path) -> Path:
     """Alignment against identity, one panel a family, dots at the steps with their intervals."""
     import matplotlib
@@ -135,7 +142,10 @@ def plot(found: dict, path: Path) -> Path:
         panel.set(
             title=f"{title} ({units} trainings a curve)", xlabel="identity", ylabel="attribute and category right"
         )
-        panel.set_ylim(-0.03, 1.03)
+        panel.set(xlim=(0.05, 0.85), ylim=(-0.03, 1.03))
+        for level, name in zip(floor_and_ceiling(), ("a random other", "the subject itself"), strict=True):
+            panel.axvline(level, color="#9aa0aa", lw=1, ls=(0, (1, 3)))
+            panel.text(level, 0.005, f" {name}", color="#7f8794", fontsize=8, rotation=90, va="bottom", ha="right")
         panel.grid(alpha=0.25)
         panel.legend(fontsize=9)
     for panel in panels.flat[len(families) :]:
