@@ -79,8 +79,8 @@ def curves(title: str, points: Points) -> Sheet:
     """A panel a backbone: fidelity across, attribute alignment up, a curve over w_s for each baseline."""
     backbones = list(dict.fromkeys(backbone for backbone, _ in points))
     baselines = list(dict.fromkeys(baseline for _, baseline in points))
-    sheet = Sheet(MARGIN + (PANEL + MARGIN) * len(backbones), PANEL + 2 * MARGIN + 24 * (len(baselines) + 1))
-    sheet.text(MARGIN, 8, title, FAINT, 12)
+    sheet = Sheet(max(640, MARGIN + (PANEL + MARGIN) * len(backbones)), PANEL + 2 * MARGIN + 24 * (len(baselines) + 1))
+    sheet.text(20, 8, title, FAINT, 12)
     for index, backbone in enumerate(backbones):
         left = MARGIN + (PANEL + MARGIN) * index
         _panel(sheet, (left, MARGIN, left + PANEL, MARGIN + PANEL), backbone, points, baselines)
