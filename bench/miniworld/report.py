@@ -158,7 +158,7 @@ def plot(found: dict, path: Path) -> Path:
 
 
 def text(found: dict) -> str:
-    """The comparisons as a Markdown table."""
+    """The comparisons and the curves as Markdown tables."""
     lines = [
         "| baseline | variant | less | aligned at equal identity | at equal plain identity | at the last step | "
         "identity there | cost |",
@@ -171,6 +171,12 @@ def text(found: dict) -> str:
             ratio = row.get("training cost, ratio")
             cells += [_words(row.get("identity at the last step")), "" if ratio is None else f"{ratio:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| baseline | variant | trainings | step | {' | '.join(SCORES)} |", "|---" * (4 + len(SCORES)) + "|"]
+    for title, family in found["families"].items():
+        for name, drawn in family["curves"].items():
+            for point in drawn["points"]:
+                values = [f"{point[score]:.3f}" if score in point else "" for score in SCORES]
+                lines.append(f"| {title} | {name} | {drawn['units']} | {point['step']} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
