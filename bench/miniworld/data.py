@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ def _chunk(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return pictures, labels
 
 
+def in_chunks(
+    make: Callable[[int], tuple[np.ndarray, np.ndarray]], count: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures and labels of `count` (a multiple of CHUNK) renders; `make` makes CHUNK of them from a seed."""
+    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
+        chunks = pool.map(make, range(seed, seed + count // CHUNK), chunksize=1)
+    x, y = (torch.from_numpy(np.concatenate(part)) for part in zip(*chunks, strict=True))
+    return x, y
+
+
 def pictures(count: int, cache: Path, seed: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` renders (a multiple of 500), from `cache` if it is there.
 
@@ -40,11 +51,7 @@ def pictures(count: int, cache: Path, seed: int = 100) -> tuple[torch.Tensor, to
         stored = load_file(cache)
         if len(stored["pictures"]) == count:
             return stored["pictures"], stored["labels"]
-    seeds = range(seed, seed + count // CHUNK)
-    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
-        chunks = pool.map(_chunk, seeds, chunksize=1)
-    x = torch.from_numpy(np.concatenate([c[0] for c in chunks]))
-    y = torch.from_numpy(np.concatenate([c[1] for c in chunks]))
+    x, y = in_chunks(_chunk, count, seed)
     cache.parent.mkdir(parents=True, exist_ok=True)
     save_file({"pictures": x, "labels": y}, cache)
     log.info("rendered %d pictures into %s", count, cache)

@@ -8,30 +8,23 @@ random other individual scores is in identity.json.
 from __future__ import annotations
 
 import json
-import logging
-import math
-import multiprocessing
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from .judge import BATCH, _stage
+from .data import CHUNK, PLAIN_SHARE, in_chunks
+from .judge import _stage, fit, shifted
 from .world import ATTRIBUTES, CATEGORIES, PATTERNS, Subject, random_subject, render
 
 IDENTITY_FILE = Path(__file__).with_name("identity.safetensors")
-CHUNK = 500
-PLAIN_SHARE = 0.2  # of the renders have no attribute
 UNSEEN = "tiny"  # of so small a subject the codec leaves too little to read identity off
 CHANCE = 0.45  # RGB distance (of sides 0..1) from which a colour counts as another one; random pairs: identity.json
 TRAINING, RECONSTRUCTED, HELD_OUT = 16_000, 12_000, 2_000  # renders
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,10 +122,7 @@ def renders(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     The columns: body RGB, second RGB, index of the pattern, index of the category, index of the attribute (-1: none).
     """
-    seeds = range(seed, seed + count // CHUNK)
-    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
-        chunks = pool.map(_chunk, seeds, chunksize=1)
-    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*chunks, strict=True))
+    return in_chunks(_chunk, count, seed)
 
 
 def soften(x: torch.Tensor) -> torch.Tensor:
@@ -140,32 +130,19 @@ def soften(x: torch.Tensor) -> torch.Tensor:
     share = torch.rand(len(x), 1, 1, 1)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, blurred, share * (torch.rand(len(x), 1, 1, 1) < 0.6)) + 0.03 * torch.randn_like(x)
-    dy, dx = torch.randint(-3, 4, (2,)).tolist()
-    padded = F.pad(x, (3, 3, 3, 3), mode="replicate")
-    return padded[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx].clamp(0, 1)
+    return shifted(x)
 
 
 def train(pictures: torch.Tensor, labels: torch.Tensor, seconds: float, path: Path = IDENTITY_FILE) -> IdentityJudge:
     """pictures uint8 [N, 64, 64, 3] and labels of `renders` -> IdentityJudge, written to `path` in fp16."""
     judge = IdentityJudge()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    begin, step = time.monotonic(), 0
-    while (spent := time.monotonic() - begin) < seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * spent / seconds)) + 0.005)
-        chosen = torch.randint(len(pictures), (BATCH,))
+
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
         read = judge(soften(pictures[chosen].permute(0, 3, 1, 2).float() / 255))
         colours = F.smooth_l1_loss(read[:, :6], labels[chosen, :6], beta=0.05)
-        loss = 10 * colours + F.cross_entropy(read[:, 6:], labels[chosen, 6].long())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            log.info("identity judge step %d, %.0f s, loss %.4f", step, spent, loss.item())
-    weights = {name: w.detach() for name, w in judge.state_dict().items() if not name.endswith("batches_tracked")}
-    save_file({name: w.half() if w.is_floating_point() else w for name, w in weights.items()}, path)
-    return judge.eval()
+        return 10 * colours + F.cross_entropy(read[:, 6:], labels[chosen, 6].long())
+
+    return fit(judge, loss, len(pictures), seconds, path)
 
 
 def reconstruct(pictures: torch.Tensor) -> torch.Tensor:

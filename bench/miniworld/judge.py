@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +104,43 @@ def distort(x: torch.Tensor) -> torch.Tensor:
     x = torch.lerp(x, blur, some(0.5) * draw(0, 1))
     smooth = F.interpolate(torch.randn(count, 3, 8, 8, device=device), size=64, mode="bilinear")
     x = x + some(0.5) * draw(0, 0.08) * smooth + some(0.6) * draw(0, 0.1) * torch.randn_like(x)
+    return shifted(x)
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, 64, 64], all moved by the same few pixels, within 0..1."""
     dy, dx = torch.randint(-3, 4, (2,)).tolist()
     padded = F.pad(x, (3, 3, 3, 3), mode="replicate")
     return padded[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx].clamp(0, 1)
+
+
+def fit(
+    net: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], count: int, seconds: float, path: Path
+) -> nn.Module:
+    """Train a judge for so long, write it to `path` in fp16, and return it on the CPU.
+
+    Args:
+        net: on the device it trains on.
+        loss: of the pictures with these indices [BATCH].
+        count: pictures there are.
+        seconds: of wall time; the learning rate falls along a cosine with it.
+        path: where its weights go.
+    """
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
+    begin, step = time.monotonic(), 0
+    while (spent := time.monotonic() - begin) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * spent / seconds)) + 0.005)
+        value = loss(torch.randint(count, (BATCH,)))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            log.info("%s step %d, %.0f s, loss %.4f", path.stem, step, spent, value.item())
+    weights = {name: w.detach().cpu() for name, w in net.state_dict().items() if not name.endswith("batches_tracked")}
+    save_file({name: w.half() if w.is_floating_point() else w for name, w in weights.items()}, path)
+    return net.cpu().eval()
 
 
 def train(
@@ -113,25 +148,13 @@ def train(
 ) -> Judge:
     """pictures uint8 [N, 64, 64, 3], labels [N, 2] -> Judge, written to `path` in fp16."""
     judge = Judge().to(device)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    begin, step = time.monotonic(), 0
-    while (spent := time.monotonic() - begin) < seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * spent / seconds)) + 0.005)
-        chosen = torch.randint(len(pictures), (BATCH,))
-        x = distort(pictures[chosen].to(device).permute(0, 3, 1, 2).float() / 255)
-        category, attribute = judge(x)
+
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
+        category, attribute = judge(distort(pictures[chosen].to(device).permute(0, 3, 1, 2).float() / 255))
         target = labels[chosen].to(device)
-        loss = F.cross_entropy(category, target[:, 0]) + F.cross_entropy(attribute, target[:, 1])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            log.info("judge step %d, %.0f s, loss %.4f", step, spent, loss.item())
-    weights = {name: w.detach().cpu() for name, w in judge.state_dict().items() if not name.endswith("batches_tracked")}
-    save_file({name: w.half() if w.is_floating_point() else w for name, w in weights.items()}, path)
-    return judge.cpu().eval()
+        return F.cross_entropy(category, target[:, 0]) + F.cross_entropy(attribute, target[:, 1])
+
+    return fit(judge, loss, len(pictures), seconds, path)
 
 
 def accuracy(judge: Judge, pictures: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
