@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench import records
 from bench.miniworld.curves import Estimate, at_equal, at_step, estimate
 from bench.miniworld.protocol import PLAIN, smaller
 from bench.miniworld.report import Everything, sort
-from bench.miniworld.trials import load, name, run_all
+from bench.miniworld.trials import name, run_all
 
 BARE, CUSTOM = "DreamBooth, caption without category", "Custom Diffusion"
 SUDE, GATED, UNGATED = "SuDe 1", "SuDe 2", "SuDe 2, no truncation"
@@ -84,7 +85,7 @@ def run(file: Path, workers: int | None = None) -> Everything:
     for done, trial in enumerate(run_all(wanted, file, workers), 1):
         print(f"{done} of {len(wanted)}: {trial['setting']['tag']}, {trial['setting']['category']}", flush=True)
     names = {name(setting.key()) for setting in wanted}
-    kept = [trial for trial in load(file) if name(trial["setting"]) in names]
+    kept = [trial for trial in records.read(file) if name(trial["setting"]) in names]
     return sort(trial["setting"] | row for trial in kept for row in trial["rows"])
 
 

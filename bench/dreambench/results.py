@@ -1,48 +1,30 @@
-"""Results as one JSON line a cell, appended by one process: what is there after a crash is whole or ignored."""
+"""Results as one JSON line a cell (`bench.records`): which cells are done, which failed."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from bench import records
 
 DONE, FAILED = "done", "failed"
 
 
 class Results:
-    """A file of records, each with "key", "fingerprint" and "status"; made on the first append.
-
-    A last line without its end was torn by a crash: it is not read, and the next append takes it away.
-    """
+    """A file of records, each with "key", "fingerprint" and "status"; made on the first append."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict]:
         """All whole records in their order; ValueError for a line that is no record."""
-        if not self.path.is_file():
-            return []
-        whole = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line is empty or torn
-        found = []
-        for number, line in enumerate(whole, 1):
-            try:
-                record = json.loads(line)
-                record["key"], record["fingerprint"], record["status"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path}, line {number}, is damaged: take that line out.") from None
-            found.append(record)
+        found = records.read(self.path)
+        for number, record in enumerate(found, 1):
+            if not {"key", "fingerprint", "status"} <= record.keys():
+                raise ValueError(f"{self.path}, line {number}, is damaged: take that line out.")
         return found
 
     def append(self, record: Mapping) -> None:
         """Write one record, on disk before this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with self.path.open("r+b" if self.path.is_file() else "w+b") as file:
-            end = file.read().rfind(b"\n") + 1
-            file.seek(end)
-            file.truncate()
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        records.append(self.path, record)
 
     def done(self, wanted: Mapping[str, str] | None = None) -> dict[str, dict]:
         """The records of finished cells by key; the first one counts, should there be more.

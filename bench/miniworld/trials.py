@@ -13,22 +13,16 @@ from pathlib import Path
 
 import torch
 
+from bench import records
+
 from .trial import PICTURES, Judges, Setting, run
 
 log = logging.getLogger(__name__)
 
 
-def load(path: Path) -> list[dict]:
-    """All finished trials of a file, {"setting", "rows"} each; a torn last line is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def rows(path: Path) -> list[dict]:
-    """Every judgement of every trial of a file, with what was trained."""
-    return [trial["setting"] | row for trial in load(path) for row in trial["rows"]]
+    """Every judgement of every trial of a file ({"setting", "rows"} a line), with what was trained."""
+    return [trial["setting"] | row for trial in records.read(path) for row in trial["rows"]]
 
 
 def name(setting: dict) -> str:
@@ -38,7 +32,7 @@ def name(setting: dict) -> str:
 
 def missing(settings: Iterable[Setting], path: Path) -> list[Setting]:
     """Those that the file does not have."""
-    known = {name(trial["setting"]) for trial in load(path)}
+    known = {name(trial["setting"]) for trial in records.read(path)}
     return [setting for setting in settings if name(setting.key()) not in known]
 
 
@@ -64,21 +58,16 @@ def run_all(
 ) -> Iterator[dict]:
     """Run what the file lacks, append each trial to it as it ends, and yield it."""
     jobs = [(setting, pictures) for setting in missing(settings, path)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = "".join(json.dumps(trial) + "\n" for trial in load(path))
-    path.write_text(whole, encoding="utf-8")  # without a torn line
     count = min(workers or os.cpu_count() or 1, len(jobs))
     if not jobs:
         return
     # an executor, not a Pool: that one starts workers that cannot begin again and again for ever
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
     try:
-        with path.open("a", encoding="utf-8") as file:
-            for done, future in enumerate(as_completed([pool.submit(_work, job) for job in jobs]), 1):
-                trial = future.result()
-                file.write(json.dumps(trial) + "\n")
-                file.flush()
-                log.info("trial %d of %d, %.0f s", done, len(jobs), trial["seconds"])
-                yield trial
+        for done, future in enumerate(as_completed([pool.submit(_work, job) for job in jobs]), 1):
+            trial = future.result()
+            records.append(path, trial)
+            log.info("trial %d of %d, %.0f s", done, len(jobs), trial["seconds"])
+            yield trial
     finally:
         pool.shutdown(cancel_futures=True)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench import claims
+from bench import claims, records
 from bench.miniworld import curves, report, text, trials
 from bench.miniworld.identity import UNSEEN, load_identity
 from bench.miniworld.learner import METHODS, Learner, TextModel, Words, World
 from bench.miniworld.protocol import FAMILIES, PLAIN, SEEDS, SUBJECTS
 from bench.miniworld.protocol import trials as protocol_trials
-from bench.miniworld.trial import Setting, individual, recipe
+from bench.miniworld.trial import HoldingTrainer, Judges, Setting, individual, recipe, run
 from bench.miniworld.world import ATTRIBUTES, CATEGORIES, random_subject, render
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "miniworld"
@@ -159,8 +159,29 @@ def test_trials_go_on_where_they_stopped(tmp_path: Path):
     assert [setting.seed for setting in trials.missing(settings, file)] == [1]
     ran = list(trials.run_all(settings, file, 1, pictures=1))
     assert [trial["setting"]["seed"] for trial in ran] == [1]
-    assert [trial["setting"]["seed"] for trial in trials.load(file)] == [0, 1]
+    assert [trial["setting"]["seed"] for trial in records.read(file)] == [0, 1]
     assert list(trials.run_all(settings, file, 1, pictures=1)) == []
+
+
+@pytest.mark.slow
+def test_a_prompt_that_names_the_category_gets_it(world: World):
+    judges = Judges()
+    for asks, least, most in ((True, 0.9, 1.0), (False, 0.0, 0.5)):
+        setting = Setting("dog", 1, "DreamBooth, bare", prior=0.0, evaluate_at=(1,), ask_category=asks)
+        (row,) = run(setting, world, judges, {}, pictures=1)
+        assert least <= row["category_right"] <= most
+        assert row["attribute"] > 0.9 and row["aligned"] <= row["category_right"]
+
+
+def test_holding_the_empty_caption_adds_to_the_prior(world: World):
+    priors = []
+    for hold in (0.0, 2.0):
+        images = world.encode(torch.zeros(8, 64, 64, 3, dtype=torch.uint8))
+        trainer = type("Holding", (HoldingTrainer,), {"hold": hold})
+        learner = Learner(world, recipe(Setting("dog", 7)), individual(7), images, trainer)
+        learner.train_to(1)
+        priors.append(learner.trainer.log.values["l_prior"][0])
+    assert priors[1] > priors[0] > 0
 
 
 # --- Protocol and results --------------------------------------------------------------------------------------------
@@ -176,7 +197,7 @@ def test_the_protocol_is_what_was_promised():
 
 
 def test_the_protocol_uses_no_individual_and_no_seed_of_the_exploration():
-    explored = [trial["setting"] for trial in trials.load(RESULTS / "explored.jsonl")]
+    explored = [trial["setting"] for trial in records.read(RESULTS / "explored.jsonl")]
     assert len(explored) > 100
     assert not {(s["category"], s["individual"]) for s in explored} & set(SUBJECTS)
     assert not {s["seed"] for s in explored} & set(SEEDS)
@@ -225,7 +246,7 @@ def test_the_published_results_are_those_of_the_published_trials():
 
 def test_the_claims_hold_on_the_published_trials_and_fail_where_an_effect_is_gone(tmp_path: Path, capsys):
     kept = tmp_path / "trials.jsonl"
-    published = trials.load(RESULTS / "trials.jsonl")
+    published = records.read(RESULTS / "trials.jsonl")
     kept.write_text("".join(json.dumps(trial) + "\n" for trial in published))
     assert claims.main(["--keep", str(kept)]) == 0
     assert capsys.readouterr().out.count("holds") == len(claims.CLAIMS)
